@@ -1,0 +1,154 @@
+"""The one attention function through which every tower attends.
+
+transformers lets a model look its attention up by name. We register the name "interp" and switch
+every tower to it: one function then sees the queries, keys and values of all families, without
+touching family code. It does one of two things:
+
+* nobody looks inside: it hands everything to transformers' own SDPA function, untouched, so the
+  numbers and the speed are those of the stock model;
+* somebody looks at the scores or the pattern (`interp.points.watched`): it writes attention out,
+  with a HookPoint at each step, so that what is edited there is what flows on.
+
+Masks are boolean here, True = may attend, or None where SDPA's causal flag does the work. A row
+with no key left gives a pattern of zeros (SDPA does the same), never NaN.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from interp.points import watched
+
+NAME = "interp"
+
+
+def hooked_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention with TransformerLens's hooks inside; transformers' attention-function signature.
+
+    Args:
+        module: the attention module, carrying its HookPoints.
+        query: `[batch, head, query, d_head]`, already rotated.
+        key: `[batch, kv_head, key, d_head]`.
+        value: `[batch, kv_head, key, d_head]`.
+        attention_mask: `[batch, 1 or head, query, key]` (bool, or float added to the scores), or
+            None.
+        scaling: factor on the scores; 1/sqrt(d_head) if None.
+        dropout: must be 0 where somebody looks inside (models under study run in eval mode).
+
+    Returns:
+        z as `[batch, query, head, d_head]`, and None for the weights.
+    """
+    if not hasattr(module, "hook_z"):  # a tower this library did not instrument
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    if hasattr(module, "hook_rot_q"):
+        if watched(module.hook_rot_q):
+            query = module.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
+        if watched(module.hook_rot_k):
+            key = module.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if watched(module.hook_mask):
+        mask = bool_mask(attention_mask, query, key, is_causal)
+        # a copy of its own, by head: the same tensor serves every layer, and an edit of this
+        # layer must not leak into the next
+        attention_mask = module.hook_mask(mask.expand(*query.shape[:2], -1, -1).clone())
+    if watched(module.hook_attn_scores) or watched(module.hook_pattern):
+        z = _written_out(
+            module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs
+        )
+    else:
+        z, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, **kwargs
+        )
+    return (module.hook_z(z) if watched(module.hook_z) else z), None
+
+
+def _written_out(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    unknown = [k for k in ("softcap", "position_bias", "s_aux") if kwargs.get(k) is not None]
+    if unknown or dropout:
+        raise NotImplementedError(
+            f"{module.hook_z.name}: attention with {', '.join(unknown) or 'dropout'} cannot be "
+            "opened up yet; read hook_z, or put the model into eval mode"
+        )
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is not None and attention_mask.dtype != torch.bool:
+        scores = scores + attention_mask
+    else:
+        mask = bool_mask(attention_mask, query, key, is_causal)
+        scores = scores.masked_fill(~mask, -torch.inf)
+    if watched(module.hook_attn_scores):
+        scores = module.hook_attn_scores(scores)
+    pattern = softmax(scores).to(query.dtype)
+    if watched(module.hook_pattern):
+        pattern = module.hook_pattern(pattern)
+    return (pattern @ value).transpose(1, 2).contiguous()
+
+
+def bool_mask(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
+    """The mask a layer truly uses, `[batch or 1, 1 or head, query, key]` bool, True = may attend.
+
+    None means what SDPA makes of it: causal by flag (aligned at the first key), or everything.
+
+    Raises:
+        TypeError: a float mask with values other than 0 and "minus infinity", which no boolean
+            can express.
+    """
+    if mask is None:
+        full = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+        return (full.tril() if is_causal and query.shape[2] > 1 else full)[None, None]
+    if mask.dtype == torch.bool:
+        return mask
+    closed = mask <= torch.finfo(mask.dtype).min / 2
+    if not (closed | (mask == 0)).all():
+        raise TypeError(
+            f"an additive {mask.dtype} mask with values other than 0 and -inf is a bias, not a "
+            "mask; edit hook_attn_scores instead"
+        )
+    return ~closed
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """Softmax over keys in float32; a row that is closed everywhere becomes zeros, not NaN."""
+    pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    closed = (scores == -torch.inf).all(-1, keepdim=True)
+    return pattern.masked_fill(closed, 0.0)
+
+
+def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
+    """Keys or values of grouped-query attention, repeated to one a query head."""
+    return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
+
+
+def register(model: nn.Module) -> None:
+    """Make the function known to transformers and switch every tower of `model` to it."""
+    AttentionInterface.register(NAME, hooked_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)  # type: ignore[operator]

@@ -1,0 +1,73 @@
+"""Every error a user of `interp` can meet, in one place.
+
+An intervention that silently does nothing is the field's commonest failure, so this library
+raises where others warn. Each class names *one* way to go wrong, its message says what was given
+and what would do, and each also inherits from the Python exception a caller would expect
+(`KeyError`, `ValueError`, ...), so `except KeyError` around a hook name keeps working.
+
+>>> from interp.errors import UnknownHook
+>>> issubclass(UnknownHook, KeyError)
+True
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InterpError(Exception):
+    """Base of all errors raised on purpose by `interp`."""
+
+    def __str__(self) -> str:  # KeyError would print the message quoted and escaped
+        return str(self.args[0]) if self.args else ""
+
+
+class UnknownHook(InterpError, KeyError):
+    """A hook name or pattern that matches nothing on this model."""
+
+
+class NotRead(InterpError, KeyError):
+    """A state was asked from a `Run` that did not read it."""
+
+
+class ModelNotFound(InterpError, FileNotFoundError):
+    """A model folder or file that is not there."""
+
+
+class NotMultimodal(InterpError, ValueError):
+    """A model that is not an MLLM, or of a family that has no table yet."""
+
+
+class ImageError(InterpError, TypeError):
+    """Something that is not an image where an image is due."""
+
+
+class EdgeError(InterpError, ValueError):
+    """An attention edge that does not exist, or that the mask already closes."""
+
+
+class HeadError(InterpError, IndexError):
+    """A head or a layer that the model does not have."""
+
+
+class EmptyRow(InterpError, ValueError):
+    """A query that an edit leaves with no key to attend to."""
+
+
+class EditHadNoEffect(InterpError, RuntimeError):
+    """An edit that changed nothing: nearly always a mistake, so it is not let through."""
+
+
+class FolderInUse(InterpError, FileExistsError):
+    """An output folder that holds something this run did not write."""
+
+
+def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
+    """The `n` known names closest to `name`, as words for an error message.
+
+    >>> nearest("hook_patern", ["hook_pattern", "hook_z"])
+    'did you mean hook_pattern?'
+    """
+    close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""

@@ -1,0 +1,47 @@
+"""One small table a model family: where each hook lives and how its image tokens lie.
+
+`family_of(module)` finds the table for a transformers model. A new family is one file with a
+`Family` in it and one entry in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from interp.errors import NotMultimodal
+from interp.families.base import Block, Family, Place, Tower
+from interp.families.llava import LLAVA
+
+FAMILIES: tuple[Family, ...] = (LLAVA,)
+
+__all__ = ["FAMILIES", "Block", "Family", "Place", "Tower", "family_of"]
+
+
+def family_of(module: nn.Module) -> Family:
+    """The table for a model.
+
+    Raises:
+        NotMultimodal: it has no vision tower, or its family has no table yet; the message shows
+            the top of its module tree.
+    """
+    config = getattr(module, "config", None)
+    model_type = getattr(config, "model_type", None)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(t for family in FAMILIES for t in family.model_types)
+    if not hasattr(config, "vision_config"):
+        raise NotMultimodal(
+            f"{type(module).__name__} (model_type {model_type!r}) is no multimodal LLM: its config "
+            f"has no vision_config. Load a vision-language model of one of these types: {known}"
+        )
+    tree = "\n".join(f"  {name}: {type(child).__name__}" for name, child in _top(module))
+    raise NotMultimodal(
+        f"no family table for model_type {model_type!r} ({type(module).__name__}); there are "
+        f"tables for: {known}. Its tree begins\n{tree}\nA table is one file in interp/families "
+        "and one entry in FAMILIES."
+    )
+
+
+def _top(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in module.named_modules() if name and name.count(".") <= 1]

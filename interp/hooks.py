@@ -1,0 +1,197 @@
+"""The language of hook names: *where* in the model something is read or edited.
+
+A hook name is TransformerLens's, letter for letter. The language model's names stand alone, the
+vision tower's and the adapter's carry a prefix and then the same suffixes::
+
+    blocks.3.hook_resid_post            language model, after block 3     [batch, pos, d_model]
+    blocks.3.attn.hook_pattern          its attention, after the softmax  [batch, head, query, key]
+    vision.blocks.0.attn.hook_z         vision tower, per-head output     [image, pos, head, d_head]
+    adapter.hook_out                    the image tokens the LLM is given [image, token, d_model]
+
+One name is ours: `attn.hook_mask`, bool, True where a query may attend to a key.
+
+Three things are decided here and nowhere else: which names a model has (`Vocabulary`), in which
+order the forward pass reaches them (nnsight wants its accesses in that order), and what a pattern
+means. A pattern is a glob over whole names; `*` matches any run of characters, `[4-12]` a range of
+*numbers* (not of characters, as a shell would have it), `{q,k}` one of several words. A pattern
+that matches nothing raises and names the nearest hooks: a hook that cannot fire is an error.
+
+>>> vocabulary = Vocabulary(n_layers=2, n_vision_layers=1)
+>>> vocabulary.expand("blocks.*.hook_resid_post")
+['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']
+>>> vocabulary.shape("blocks.1.attn.hook_z")
+'batch pos head d_head'
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cached_property
+
+from interp.errors import UnknownHook, nearest
+
+#: Suffixes of one transformer block in the order the forward pass reaches them, with the shape of
+#: the tensor there (axes named as in einops).
+BLOCK_HOOKS: dict[str, str] = {
+    "hook_resid_pre": "batch pos d_model",
+    "ln1.hook_scale": "batch pos 1",
+    "ln1.hook_normalized": "batch pos d_model",
+    "attn.hook_q": "batch pos head d_head",
+    "attn.hook_k": "batch pos kv_head d_head",
+    "attn.hook_v": "batch pos kv_head d_head",
+    "attn.hook_rot_q": "batch pos head d_head",
+    "attn.hook_rot_k": "batch pos kv_head d_head",
+    "attn.hook_mask": "batch head query key",
+    "attn.hook_attn_scores": "batch head query key",
+    "attn.hook_pattern": "batch head query key",
+    "attn.hook_z": "batch pos head d_head",
+    "attn.hook_result": "batch pos head d_model",
+    "hook_attn_out": "batch pos d_model",
+    "hook_resid_mid": "batch pos d_model",
+    "ln2.hook_scale": "batch pos 1",
+    "ln2.hook_normalized": "batch pos d_model",
+    "mlp.hook_pre": "batch pos d_mlp",
+    "mlp.hook_post": "batch pos d_mlp",
+    "hook_mlp_out": "batch pos d_model",
+    "hook_resid_post": "batch pos d_model",
+}
+ROTARY_HOOKS = ("attn.hook_rot_q", "attn.hook_rot_k")
+
+#: TransformerLens's own spellings of the towers, accepted everywhere a name is.
+ALIASES = {"vision_encoder.": "vision.", "vision_projector.": "adapter."}
+
+Pattern = str | Iterable[str] | Callable[[str], bool]
+
+
+class Vocabulary:
+    """The hook names of one model, in execution order.
+
+    Args:
+        n_layers: blocks of the language model.
+        n_vision_layers: blocks of the vision tower.
+        rotary: whether the language model rotates its queries and keys (then it has
+            `attn.hook_rot_q` and `attn.hook_rot_k`).
+        vision_rotary: the same of the vision tower.
+    """
+
+    def __init__(
+        self, n_layers: int, n_vision_layers: int, *, rotary: bool = True, vision_rotary: bool = False
+    ) -> None:
+        shapes = {"hook_embed": "batch pos d_model", "vision.hook_embed": "image pos d_model"}
+        for layer in range(n_vision_layers):
+            for suffix, shape in BLOCK_HOOKS.items():
+                if vision_rotary or suffix not in ROTARY_HOOKS:
+                    shapes[f"vision.blocks.{layer}.{suffix}"] = shape.replace("batch", "image")
+        shapes["adapter.hook_in"] = "image token d_vision"
+        shapes["adapter.hook_out"] = "image token d_model"
+        for layer in range(n_layers):
+            for suffix, shape in BLOCK_HOOKS.items():
+                if rotary or suffix not in ROTARY_HOOKS:
+                    shapes[f"blocks.{layer}.{suffix}"] = shape
+        shapes["ln_final.hook_scale"] = "batch pos 1"
+        shapes["ln_final.hook_normalized"] = "batch pos d_model"
+        self.shapes = shapes
+
+    @cached_property
+    def names(self) -> list[str]:
+        """All names, in the order in which the forward pass reaches them."""
+        return list(self.shapes)
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {name: rank for rank, name in enumerate(self.names)}
+
+    def rank(self, name: str) -> int:
+        """The place of `name` in the execution order.
+
+        Raises:
+            UnknownHook: the model has no such hook.
+        """
+        name = canonical(name)
+        if name not in self._ranks:
+            raise UnknownHook(
+                f"no hook {name!r} on this model; {nearest(name, self.names)} "
+                "(`model.hooks.names` lists all of them)"
+            )
+        return self._ranks[name]
+
+    def shape(self, name: str) -> str:
+        """The axes of the tensor at `name`, as words."""
+        return self.shapes[self.names[self.rank(name)]]
+
+    def expand(self, pattern: Pattern | None) -> list[str]:
+        """The names that a pattern (or several, or a predicate) matches, in execution order.
+
+        Raises:
+            UnknownHook: some pattern matches nothing; the nearest names are given.
+        """
+        if pattern is None:
+            return []
+        if callable(pattern):
+            found = [name for name in self.names if pattern(name)]
+            if not found:
+                raise UnknownHook(f"the filter {pattern!r} accepts none of this model's hooks")
+            return found
+        if not isinstance(pattern, str):
+            found = [name for one in pattern for name in self.expand(one)]
+            return sorted(set(found), key=self.rank)
+        name = canonical(pattern)
+        if not set(name) & set("*?[{"):
+            self.rank(name)  # raises with the nearest names
+            return [name]
+        regex = glob_to_regex(name)
+        found = [known for known in self.names if regex.fullmatch(known)]
+        if not found:
+            raise UnknownHook(
+                f"the pattern {pattern!r} matches no hook of this model; "
+                f"{nearest(name.replace('*', '0'), self.names)}"
+            )
+        return found
+
+
+def canonical(name: str) -> str:
+    """The house spelling of a name: TransformerLens's tower prefixes become ours.
+
+    >>> canonical("vision_encoder.blocks.0.hook_resid_post")
+    'vision.blocks.0.hook_resid_post'
+    """
+    for theirs, ours in ALIASES.items():
+        if name.startswith(theirs):
+            return ours + name.removeprefix(theirs)
+    return name
+
+
+def glob_to_regex(pattern: str) -> re.Pattern[str]:
+    """Translate a hook glob: `*`, `?`, `{a,b}` and number ranges `[4-12]` or `[0,3,7]`.
+
+    >>> bool(glob_to_regex("blocks.[8-11].hook_resid_*").fullmatch("blocks.10.hook_resid_pre"))
+    True
+    """
+    out = []
+    for piece in re.split(r"(\*|\?|\[[^\]]*\]|\{[^}]*\})", pattern):
+        if piece == "*":
+            out.append(".*")
+        elif piece == "?":
+            out.append("[^.]")
+        elif piece.startswith("["):
+            out.append(f"(?:{'|'.join(map(str, _numbers(piece[1:-1], pattern)))})")
+        elif piece.startswith("{"):
+            out.append(f"(?:{'|'.join(re.escape(word) for word in piece[1:-1].split(','))})")
+        else:
+            out.append(re.escape(piece))
+    return re.compile("".join(out))
+
+
+def _numbers(text: str, pattern: str) -> list[int]:
+    numbers: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part)
+        if match is None:
+            raise UnknownHook(
+                f"[{text}] in the pattern {pattern!r} is no range of layers; "
+                "write [3], [0,2,5] or [4-12]"
+            )
+        first, last = int(match[1]), int(match[2] or match[1])
+        numbers.extend(range(first, last + 1))
+    return numbers

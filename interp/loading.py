@@ -1,0 +1,84 @@
+"""Finding and loading a model: the bundled one, a hub id, a local folder, a module in memory.
+
+Everything goes through transformers' own `from_pretrained`; nothing is executed from a model's
+repository unless `trust_remote_code=True` is passed by name.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+from interp.errors import ModelNotFound, NotMultimodal
+from interp.families import family_of
+
+#: models that come with the package
+BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+
+
+def load(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    processor: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, Any]:
+    """The transformers module in eval mode, and its processor (None for a bare module).
+
+    Args: see `MLLM.load`.
+
+    Raises:
+        ModelNotFound: a path that is not there, or a folder without a model in it.
+        NotMultimodal: a model without a vision tower, or of a family without a table.
+    """
+    if isinstance(source, nn.Module):
+        family_of(source)  # refuse early
+        module = source
+    else:
+        where = _locate(os.fspath(source))
+        common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+        if revision is not None:
+            common["revision"] = revision
+        config = AutoConfig.from_pretrained(where, **common)
+        if not hasattr(config, "vision_config"):
+            raise NotMultimodal(
+                f"{os.fspath(source)!r} is no multimodal LLM: its config (model_type "
+                f"{config.model_type!r}) has no vision_config. Load a vision-language model, for "
+                "instance llava-hf/llava-1.5-7b-hf, or the bundled one with 'tiny'"
+            )
+        module = AutoModelForImageTextToText.from_pretrained(
+            where, dtype=dtype or "auto", **common
+        )
+        if processor is None:
+            processor = AutoProcessor.from_pretrained(where, **common)
+    if device is not None:
+        module = module.to(device)
+    return module.eval(), processor
+
+
+def _locate(source: str) -> str:
+    if source in BUNDLED:
+        return str(BUNDLED[source])
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFound(
+                f"the folder {source!r} holds no config.json, so no transformers model; "
+                "save one there with save_pretrained"
+            )
+        return str(path)
+    # "org/name" may be a hub id; anything that looks like a path is one
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") != 1 or path.exists()
+    if looks_like_path:
+        raise ModelNotFound(
+            f"no model at {source!r}: it is no folder, no bundled model "
+            f"({', '.join(sorted(BUNDLED))}) and no hub id of the form org/name"
+        )
+    return source
