@@ -1,0 +1,342 @@
+"""A bank of probes: one linear probe a stage, fitted together and then frozen.
+
+The claims of the paper are about a *curve*: how well a token's class can be read at the vision
+layers, after the adapter, and layer by layer in the language model. A bank is the ruler for
+that curve. It is fitted once, on training images, without any intervention; afterwards it
+only reads. The same frozen bank then reads a model under a knockout or another mask, so that
+a change in its verdicts comes from the states and not from a new fit. (Refitting under the
+intervention answers another question: could *any* linear reader still see it?)
+
+Every probe is stored in raw feature space, the standardisation folded in, so
+
+    logits = x @ weight.T + intercept          [..., n_classes]
+    margin = x @ direction + bias              true class against another one
+
+hold for plain states `x` with nothing else to remember. The direction is the vector that
+attribution methods project on.
+
+Stages differ in width. A wider stage gives its probe more freedom, so a curve across widths
+wants its controls: the same penalty on standardised features, and held-out images.
+
+Two kinds of missing label are kept apart. A token labelled `IGNORE` (255) is dropped before
+fitting. A *class* that no token carries cannot be fitted: it gets weight 0 and the intercept
+`UNSEEN`. The logits of the fitted classes sum to zero at every x, so the largest of them is
+never below zero and an unseen class never wins. `bank.seen` tells which classes were fitted.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from sklearn.exceptions import ConvergenceWarning
+from torch import Tensor
+
+from interp.labels import IGNORE
+from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_logistic
+
+UNSEEN = -1e4  # finite, so that upsampled logits and margins stay numbers, also in bfloat16
+_FORMAT = "interp.ProbeBank/1"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ProbeBank:
+    """One linear probe a stage. Make one with `ProbeBank.fit` or `ProbeBank.load`.
+
+    >>> states = {"adapter": torch.tensor([[0.0], [1.0], [4.0], [5.0]])}
+    >>> bank = ProbeBank.fit(states, torch.tensor([0, 0, 1, 1]), ["sky", "sea"])
+    >>> bank
+    ProbeBank(1 stage: 'adapter'; 2 classes: 'sky', 'sea')
+    >>> bank.predict("adapter", torch.tensor([[-3.0], [7.0]]))
+    tensor([0, 1])
+    """
+
+    stages: tuple[str, ...]
+    classes: tuple[str, ...]
+    weights: Mapping[str, Tensor]
+    intercepts: Mapping[str, Tensor]
+    seen: tuple[bool, ...]
+    C: float
+    n_iter: Mapping[str, int]
+    converged: Mapping[str, bool]
+
+    @classmethod
+    def fit(
+        cls,
+        features: Mapping[str, Tensor],
+        labels: Tensor,
+        classes: Sequence[str],
+        *,
+        C: float = DEFAULT_C,
+        max_iter: int = 500,
+        tol: float = DEFAULT_TOL,
+        stages_at_once: int | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> ProbeBank:
+        """Fit a probe a stage on `features` {stage: [n_tokens, d_stage]}.
+
+        `labels` [n_tokens] are integers, 0..len(classes)-1 or `IGNORE`, and the same tokens for
+        every stage. Stages of equal width are copied into one stack and fitted together (the
+        caller's tensors stay as they are); `stages_at_once` bounds the stack where memory is
+        short. Half-precision states are fitted in float32. `progress` is called with (stages
+        done, stages in all). Stages that stop at `max_iter` give a `ConvergenceWarning` that
+        names them.
+        """
+        classes = tuple(str(name) for name in classes)
+        keep, codes, fitted = _check(features, labels, classes)
+        weights: dict[str, Tensor] = {}
+        intercepts: dict[str, Tensor] = {}
+        n_iter: dict[str, int] = {}
+        converged: dict[str, bool] = {}
+        done = 0
+
+        for names in _groups(features, stages_at_once):
+            stack = _stack(features, names, keep)
+
+            def report(n: int, before: int = done) -> None:
+                if progress is not None:
+                    progress(before + n, len(features))
+
+            found = fit_logistic(
+                stack,
+                codes.to(stack.device),
+                len(fitted),
+                C=C,
+                max_iter=max_iter,
+                tol=tol,
+                overwrite=True,
+                progress=report,
+            )
+            del stack  # the next stack must not meet this one in memory
+            done += len(names)
+            for i, name in enumerate(names):
+                index = fitted.to(found.weight.device)
+                weight = found.weight.new_zeros(len(classes), found.weight.shape[-1])
+                weight[index] = found.weight[i]
+                intercept = found.intercept.new_full((len(classes),), UNSEEN)
+                intercept[index] = found.intercept[i]
+                weights[name], intercepts[name] = weight.float(), intercept.float()
+                n_iter[name], converged[name] = int(found.n_iter[i]), bool(found.converged[i])
+
+        late = [name for name in features if not converged[name]]
+        if late:
+            warnings.warn(
+                f"{len(late)} of {len(features)} probes stopped at max_iter={max_iter} before "
+                f"their gradient fell below tol={tol:.1e}: {', '.join(late)}",
+                ConvergenceWarning,
+                stacklevel=2,
+            )
+        present = set(fitted.tolist())
+        return cls(
+            stages=tuple(features),
+            classes=classes,
+            weights={name: weights[name] for name in features},
+            intercepts={name: intercepts[name] for name in features},
+            seen=tuple(i in present for i in range(len(classes))),
+            C=float(C),
+            n_iter={name: n_iter[name] for name in features},
+            converged={name: converged[name] for name in features},
+        )
+
+    def weight(self, stage: str) -> Tensor:
+        """Raw-space weights [n_classes, d] of a stage; `KeyError` names the nearest stages."""
+        self._require(stage)
+        return self.weights[stage]
+
+    def intercept(self, stage: str) -> Tensor:
+        """Raw-space intercepts [n_classes] of a stage."""
+        self._require(stage)
+        return self.intercepts[stage]
+
+    def logits(self, stage: str, x: Tensor) -> Tensor:
+        """Logits [..., n_classes] of states `x` [..., d], in float32."""
+        weight = self.weight(stage)
+        if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"the probe at {stage!r} reads states [..., {weight.shape[1]}], got {list(x.shape)}"
+            )
+        return x.to(weight.dtype) @ weight.T + self.intercepts[stage]
+
+    def predict(self, stage: str, x: Tensor) -> Tensor:
+        """The winning class of each state, int64 [...]."""
+        return self.logits(stage, x).argmax(-1)
+
+    def direction(self, stage: str, true: Tensor | int, other: Tensor | int) -> Tensor:
+        """`w_true - w_other` [..., d] in raw feature space; classes broadcast.
+
+        ``margin = (x * direction).sum(-1) + bias`` is the logit of `true` less that of `other`.
+
+        >>> states = {"adapter": torch.tensor([[0.0], [1.0], [4.0], [5.0]])}
+        >>> bank = ProbeBank.fit(states, torch.tensor([0, 0, 1, 1]), ["sky", "sea"])
+        >>> bool(bank.direction("adapter", 1, 0) > 0)
+        True
+        """
+        weight = self.weight(stage)
+        return weight[self._class(true, weight)] - weight[self._class(other, weight)]
+
+    def bias(self, stage: str, true: Tensor | int, other: Tensor | int) -> Tensor:
+        """The intercept [...] that goes with `direction`."""
+        intercept = self.intercept(stage)
+        return intercept[self._class(true, intercept)] - intercept[self._class(other, intercept)]
+
+    def to(self, device: torch.device | str) -> ProbeBank:
+        """The same bank with its tensors on `device`."""
+        return ProbeBank(
+            stages=self.stages,
+            classes=self.classes,
+            weights={name: value.to(device) for name, value in self.weights.items()},
+            intercepts={name: value.to(device) for name, value in self.intercepts.items()},
+            seen=self.seen,
+            C=self.C,
+            n_iter=self.n_iter,
+            converged=self.converged,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the bank as safetensors (float32, everything else as JSON in its metadata).
+
+        It is written beside `path` and renamed, so `path` never holds half a file. Equal banks
+        give equal bytes.
+        """
+        path = Path(path)
+        tensors: dict[str, Tensor] = {}
+        for i, name in enumerate(self.stages):
+            tensors[f"{i:04d}.weight"] = self.weights[name].cpu().contiguous()
+            tensors[f"{i:04d}.intercept"] = self.intercepts[name].cpu().contiguous()
+        about = {
+            "format": _FORMAT,
+            "stages": self.stages,
+            "classes": self.classes,
+            "seen": self.seen,
+            "C": self.C,
+            "n_iter": [self.n_iter[name] for name in self.stages],
+            "converged": [self.converged[name] for name in self.stages],
+        }
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        try:
+            # One metadata key: safetensors writes several of them in an order of its own.
+            save_file(tensors, part, metadata={"interp": json.dumps(about)})
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> ProbeBank:
+        """Read a bank that `save` wrote, onto the CPU. `ValueError` if the file is another kind."""
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("interp", "{}"))
+            if about.get("format") != _FORMAT:
+                raise ValueError(f"{os.fspath(path)} is not a file that ProbeBank.save wrote")
+            stages = tuple(about["stages"])
+            weights = {n: file.get_tensor(f"{i:04d}.weight") for i, n in enumerate(stages)}
+            intercepts = {n: file.get_tensor(f"{i:04d}.intercept") for i, n in enumerate(stages)}
+        return cls(
+            stages=stages,
+            classes=tuple(about["classes"]),
+            weights=weights,
+            intercepts=intercepts,
+            seen=tuple(about["seen"]),
+            C=about["C"],
+            n_iter=dict(zip(stages, about["n_iter"], strict=True)),
+            converged=dict(zip(stages, about["converged"], strict=True)),
+        )
+
+    def __repr__(self) -> str:
+        stages, classes = _listed(self.stages, "stage"), _listed(self.classes, "class")
+        return f"ProbeBank({stages}; {classes})"
+
+    def _require(self, stage: str) -> None:
+        if stage not in self.weights:
+            near = difflib.get_close_matches(stage, self.stages, n=5, cutoff=0.3) or self.stages
+            raise KeyError(f"no probe at {stage!r}; the nearest stages are {', '.join(near)}")
+
+    def _class(self, index: Tensor | int, like: Tensor) -> Tensor:
+        index = torch.as_tensor(index, device=like.device)
+        # torch would take -1 for the last class, and 255 would fail without saying why.
+        if bool(((index < 0) | (index >= len(self.classes))).any()):
+            given = sorted(set(index.flatten().tolist()))
+            raise ValueError(
+                f"classes are 0..{len(self.classes) - 1}, got {given}; "
+                f"drop ignored tokens ({IGNORE}) first"
+            )
+        return index.long()
+
+
+def _listed(names: Sequence[str], noun: str) -> str:
+    plural = noun if len(names) == 1 else noun + ("es" if noun.endswith("s") else "s")
+    few = names if len(names) <= 6 else (*names[:3], ..., *names[-2:])
+    shown = ", ".join("..." if name is ... else repr(name) for name in few)
+    return f"{len(names)} {plural}: {shown}"
+
+
+def _check(
+    features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows to keep [n], their labels among the fitted classes [n], and those classes' ids."""
+    if not features:
+        raise ValueError("no stage to fit: features is empty")
+    if len(classes) > IGNORE:
+        raise ValueError(f"{len(classes)} classes would make {IGNORE}, the ignored label, a class")
+    if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"labels must be integers [n_tokens], got {list(labels.shape)} {labels.dtype}"
+        )
+    for name, x in features.items():
+        if x.ndim != 2 or len(x) != len(labels) or not x.is_floating_point():
+            raise ValueError(
+                f"stage {name!r} must be floats [{len(labels)}, width], one row a label; "
+                f"got {list(x.shape)} {x.dtype}"
+            )
+    labels = labels.long()
+    keep = torch.nonzero(labels != IGNORE).flatten()
+    fitted, codes = torch.unique(labels[keep], return_inverse=True)
+    if len(fitted) and (fitted[0] < 0 or fitted[-1] >= len(classes)):
+        raise ValueError(
+            f"labels must be 0..{len(classes) - 1} or {IGNORE}, got {fitted.tolist()[:20]}"
+        )
+    if len(fitted) < 2:
+        raise ValueError(
+            f"a probe needs tokens of at least two classes, got {[classes[i] for i in fitted]} "
+            f"in {len(labels)} labels of which {len(keep)} are not {IGNORE}"
+        )
+    return keep, codes, fitted
+
+
+def _groups(features: Mapping[str, Tensor], at_once: int | None) -> list[list[str]]:
+    """Stages that go into one stack: equal width, device and solver dtype."""
+    groups: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
+    for name, x in features.items():
+        groups.setdefault((x.shape[1], x.device, _solver_dtype(x)), []).append(name)
+    return [
+        names[i : i + (at_once or len(names))]
+        for names in groups.values()
+        for i in range(0, len(names), at_once or len(names))
+    ]
+
+
+def _solver_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _stack(features: Mapping[str, Tensor], names: Sequence[str], keep: Tensor) -> Tensor:
+    """The kept rows of the named stages, [S, n, d], in one new tensor."""
+    first = features[names[0]]
+    shape = (len(names), len(keep), first.shape[1])
+    stack = torch.empty(shape, dtype=_solver_dtype(first), device=first.device)
+    rows = keep.to(first.device)
+    for slot, name in zip(stack, names, strict=True):
+        if len(keep) == len(features[name]):
+            slot.copy_(features[name])
+        else:
+            slot.copy_(features[name][rows])
+        if not bool(torch.isfinite(slot).all()):
+            raise ValueError(f"stage {name!r} holds nan or infinite values")
+    return stack

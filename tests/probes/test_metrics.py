@@ -1,0 +1,147 @@
+"""Segmentation scores against scikit-learn and against cases small enough to count by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+
+from interp.labels import IGNORE
+from interp.probes import metrics as m
+from interp.stats import bootstrap
+
+
+@pytest.fixture
+def masks():
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 5, (6, 16, 20))
+    said = np.where(rng.random(truth.shape) < 0.6, truth, rng.integers(0, 5, truth.shape))
+    truth[rng.random(truth.shape) < 0.15] = IGNORE
+    truth[truth == 3] = 2  # class 3 is said but never true, class 5 neither
+    return truth, said
+
+
+def test_scores_equal_scikit_learn(masks):
+    truth, said = masks
+    keep = truth != IGNORE
+    conf = m.confusion(truth, said, 6)
+    assert conf.dtype == np.int64
+    np.testing.assert_array_equal(conf, confusion_matrix(truth[keep], said[keep], labels=range(6)))
+    assert m.accuracy(conf) == pytest.approx(accuracy_score(truth[keep], said[keep]))
+    jaccard = jaccard_score(truth[keep], said[keep], labels=range(5), average=None)
+    np.testing.assert_allclose(m.iou_per_class(conf)[:5], jaccard)
+    assert np.isnan(m.iou_per_class(conf)[5])
+    # class 3 counts (with 0): it occurs as a prediction; class 5 does not occur
+    assert jaccard[3] == 0
+    assert m.mean_iou(conf) == pytest.approx(jaccard.mean())
+
+
+def test_per_image_matrices_add_up_and_scores_keep_the_leading_axes(masks):
+    truth, said = masks
+    each = m.confusion_per_image(truth, said, 6)
+    assert each.shape == (6, 6, 6)
+    for i in range(6):
+        np.testing.assert_array_equal(each[i], m.confusion(truth[i], said[i], 6))
+    np.testing.assert_array_equal(each.sum(0), m.confusion(truth, said, 6))
+    stack = np.stack([each, 2 * each])
+    assert m.mean_iou(stack).shape == m.accuracy(stack).shape == (2, 6)
+    np.testing.assert_allclose(m.mean_iou(stack)[1], [m.mean_iou(c) for c in each])
+    iv = bootstrap(m.mean_iou, each, n_boot=200)
+    assert iv.low < iv.estimate < iv.high
+
+
+def test_miou_is_of_the_set_and_not_the_mean_over_images():
+    # image 1 is all right; image 2 has nine pixels of class 1, all called 0
+    each = np.array([[[9, 0], [0, 1]], [[0, 0], [9, 0]]])
+    assert m.mean_iou(each).mean() == 0.5
+    assert m.mean_iou(each.sum(0)) == pytest.approx((9 / 18 + 1 / 10) / 2)
+
+
+def test_torch_and_small_integer_types_give_the_same(masks):
+    truth, said = masks
+    want = m.confusion(truth, said, 6)
+    tensors = torch.tensor(truth).to(torch.uint8), torch.tensor(said)
+    np.testing.assert_array_equal(m.confusion(*tensors, 6), want)
+
+
+def test_empty_and_ignored_only_is_nan_not_zero():
+    conf = m.confusion([IGNORE, IGNORE], [0, 1], 2)
+    assert conf.sum() == 0
+    assert np.isnan(m.accuracy(conf))
+    assert np.isnan(m.mean_iou(conf))
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "error", "message"),
+    [
+        ([0, 3], [0, 0], ValueError, r"labels must be 0..2 .* got \[3\]"),
+        ([0, -1], [0, 0], ValueError, "labels must be"),
+        ([0, 1], [0, IGNORE], ValueError, r"predictions must be .* got \[255\]"),
+        ([0, 1], [0], ValueError, "one shape"),
+        ([0.0, 1.0], [0, 1], TypeError, "labels must be integers, got float64"),
+    ],
+)
+def test_bad_labels_raise(labels, predictions, error, message):
+    with pytest.raises(error, match=message):
+        m.confusion(labels, predictions, 3)
+
+
+def test_majority_floor():
+    assert m.majority_floor([2, 2, 1, IGNORE, IGNORE, IGNORE], [2, 1, 1, 2, IGNORE]) == 0.5
+    with pytest.raises(ValueError, match="0 training and 1 test"):
+        m.majority_floor([IGNORE], [1])
+
+
+def test_pixel_logits_interpolate_between_token_centres():
+    # tokens 4 pixels wide have centres at 1.5 and 5.5: pixels move 1/4 of the way at a time
+    logits = np.array([[[0.0, 8.0], [8.0, 0.0]]])
+    got = m.pixel_logits(logits, (3, 8))
+    assert got.shape == (3, 8, 2)
+    want = [0, 0, 1, 3, 5, 7, 8, 8]
+    np.testing.assert_allclose(got[..., 0], np.broadcast_to(want, (3, 8)))
+    np.testing.assert_allclose(got[..., 1], 8 - got[..., 0])
+    batch = m.pixel_logits(torch.tensor(np.stack([logits, -logits])).bfloat16(), (3, 8))
+    np.testing.assert_allclose(batch[1, ..., 0], -got[..., 0])
+
+
+def test_pixel_confusion_is_the_confusion_of_upsampled_logits():
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
+    masks = rng.integers(0, 6, (3, 17, 23))
+    masks[:, :3] = IGNORE
+    got = m.pixel_confusion(logits, masks)
+    said = m.pixel_logits(logits, (17, 23)).argmax(-1)
+    np.testing.assert_array_equal(got, m.confusion_per_image(masks, said, 6))
+    assert got.sum() == 3 * 14 * 23
+    with pytest.raises(ValueError, match="need logits"):
+        m.pixel_confusion(logits, masks[:2])
+
+
+def test_ceiling_counted_by_hand():
+    mask = np.array([[[0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 2, 2], [2, IGNORE, 2, 0]]])
+    tokens = np.array([[[0, 1], [2, 2]]])
+    # top left token says 0 and is wrong about one pixel; bottom right says 2, wrong about one
+    want = [[[3, 0, 1], [1, 4, 0], [0, 0, 6]]]
+    np.testing.assert_array_equal(m.ceiling_confusion(tokens, mask, 3), want)
+    # a token without a label says the best it can, so the ceiling stays a ceiling
+    tokens[0, 0, 0] = IGNORE
+    np.testing.assert_array_equal(m.ceiling_confusion(tokens, mask, 3), want)
+
+
+def test_ceiling_is_one_on_token_aligned_masks_and_beats_any_token_map():
+    rng = np.random.default_rng(2)
+    tokens = rng.integers(0, 4, (2, 3, 5))
+    aligned = tokens.repeat(4, 1).repeat(6, 2)
+    assert m.accuracy(m.ceiling_confusion(tokens, aligned, 4).sum(0)) == 1
+    # an uneven size: each pixel belongs to the token that its centre lies in, as torch says
+    size = (14, 33)
+    want = torch.nn.functional.interpolate(
+        torch.tensor(tokens)[:, None].double(), size, mode="nearest-exact"
+    )[:, 0].long()
+    masks = rng.integers(0, 4, (2, *size))
+    np.testing.assert_array_equal(
+        m.ceiling_confusion(tokens, masks, 4), m.confusion_per_image(masks, want, 4)
+    )
+    with pytest.raises(ValueError, match="token_labels must be"):
+        m.ceiling_confusion(tokens + 4, masks, 4)
