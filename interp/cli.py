@@ -1,0 +1,94 @@
+"""The command line: `interp study`, `interp report`, `interp hooks`.
+
+    interp study --model tiny --out results/tiny     the four findings, into a run folder
+    interp report results/tiny                       draw the page again from a run folder
+    interp hooks tiny "blocks.2.*"                   names and shapes of a model's hooks
+
+Heavy imports happen inside the commands, so `interp --help` answers at once. (No command has an
+option `-d`: nnsight reads the arguments of the process for its own debug mode.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from interp import __version__
+from interp.errors import InterpError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+console = Console()
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Mechanistic interpretability for multimodal LLMs."""
+    if version:
+        console.print(f"interp {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def study(
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    model: Annotated[str, typer.Option(help='"tiny", a hub id or a local folder.')] = "tiny",
+    n_probe: Annotated[int, typer.Option(help="Images the probes are fitted on.")] = 600,
+    n_test: Annotated[int, typer.Option(help="Images everything is reported on.")] = 300,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: Annotated[str | None, typer.Option(help='For instance "cuda".')] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace another study in OUT.")] = False,
+) -> None:
+    """Run the paper's four experiments on a model and write tables, probes and a report."""
+    from interp.model import MLLM
+    from interp.report.text import findings_table
+    from interp.studies.study import StudyArguments
+    from interp.studies.study import study as run_study
+
+    arguments = StudyArguments(model=model, n_probe=n_probe, n_test=n_test, seed=seed)
+    try:
+        loaded = MLLM.load(model, device=device)
+        summary = run_study(loaded, out, arguments, overwrite=overwrite)
+    except (InterpError, ValueError) as error:
+        _fail(error)
+    console.print(findings_table(summary))
+    console.print(f"report: {out / 'report.html'}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Draw the report of a finished run again from its tables."""
+    from interp.report import write_report
+    from interp.runs import RunFolder
+
+    try:
+        path = write_report(RunFolder.open(folder))
+    except (InterpError, ValueError, OSError) as error:
+        _fail(error)
+    console.print(f"report: {path}")
+
+
+@app.command()
+def hooks(
+    model: Annotated[str, typer.Argument(help='"tiny", a hub id or a local folder.')] = "tiny",
+    pattern: Annotated[str, typer.Argument(help="Which hooks.")] = "*",
+) -> None:
+    """List a model's hooks in execution order, with the axes of the tensor there."""
+    from interp.model import MLLM
+
+    try:
+        loaded = MLLM.load(model)
+        names = loaded.hooks.expand(pattern)
+    except InterpError as error:
+        _fail(error)
+    for name in names:
+        console.print(f"{name:<44}{loaded.hooks.shape(name)}", highlight=False)
+
+
+def _fail(error: Exception) -> NoReturn:
+    Console(stderr=True).print(f"[bold]error:[/bold] {error}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1)

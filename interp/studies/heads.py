@@ -1,0 +1,244 @@
+"""Which heads carry the recovery, and from which tokens they read it.
+
+For every token that the probe at the reference stage gets wrong, the margin at the end (true class
+minus the class it was confused with) is split into what each head read from which group of source
+tokens, what the MLPs wrote, and what was there at the start (`interp.attribution.direct`, exact).
+Averaged over tokens that gives each head's share of the recovery.
+
+A large share is a claim, not yet evidence. So heads are *ranked* on the first half of the
+images, by what they read from the correct tokens of a region, and *tested* on the second half: the
+anchor edges of the knockout study are cut in the top heads alone, against as many random heads
+(several draws, pooled).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from interp.attribution import DirectAttribution, direct_attribution
+from interp.edges import EdgeSet
+from interp.edits import Knockout, MaskEdit
+from interp.inputs import Inputs
+from interp.stats import Interval, bootstrap, ratio
+from interp.studies.knockout import anchor_edges, share_gone
+from interp.studies.recovery import Baseline
+from interp.studies.result import Finding, Result, percent
+from interp.studies.split import Progress
+
+GROUPS = ("same-region correct", "same-region wrong", "other regions", "text and BOS", "self")
+N_TOP = 4
+N_DRAWS = 10
+
+Head = tuple[int, int]  # layer, head
+
+
+def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) -> Result:
+    """Attribute the recovery to heads, then knock the top ones out."""
+    parts = _attribute(base, on_batch)
+    counts = _per_image(np.ones(len(parts.image)), parts, base)
+    change = _per_image(parts.change.numpy(), parts, base)
+    per_head = _per_image(parts.heads.numpy(), parts, base)  # [image, layer, head, group]
+
+    first_half = np.arange(len(counts)) < len(counts) // 2
+    score = per_head[first_half][..., GROUPS.index("same-region correct")].sum(0)
+    ranked = [
+        (int(i) // score.shape[1], int(i) % score.shape[1])
+        for i in np.argsort(-score, axis=None, kind="stable")
+    ]
+    tables = {
+        "heads": _heads_table(per_head, counts, change, seed),
+        "head_totals": _totals_table(per_head, counts, change, ranked, seed),
+        "components": _components_table(parts, base, counts, seed),
+    }
+    table, top, control, beyond = _cut_heads(base, ranked, first_half, seed, on_batch)
+    tables["head_knockout"] = table
+    top_share = bootstrap(
+        lambda h, c: ratio(h, c), _over(per_head, ranked[:N_TOP]), change, seed=seed
+    )
+    holds = top.low > 0 and beyond.low > 0
+    n = score.size
+    text = (
+        f"The top {N_TOP} of {n} heads write {percent(top_share)} of the margin's change of "
+        f"misclassified tokens; cutting the anchors' edges in them alone removes {percent(top)} of "
+        f"the recovery, in {N_TOP} random heads {percent(control)}."
+    )
+    finding = Finding(
+        "A few heads carry it", top, control, f"{N_TOP} random heads", holds, text, unit="share"
+    )
+    figures = {"top_heads_margin_share": top_share, "heads_beyond_random": beyond}
+    return Result(finding, tables, figures)
+
+
+def source_groups(base: Baseline, x: Inputs, at: slice) -> torch.Tensor:
+    """`[n_images, n_tokens, pos]` the group of every source position for every query token."""
+    test, grid = base.test, x.grid
+    right = base.right(base.reference)[at][:, None, :]
+    same = test.same_region[at]
+    group = np.where(same, np.where(right, 0, 1), 2)
+    n = test.n_tokens
+    group[:, np.arange(n), np.arange(n)] = GROUPS.index("self")
+    out = np.full((len(group), n, grid.n_pos), GROUPS.index("text and BOS"))
+    position = grid.position.reshape(grid.n_images, n)
+    np.put_along_axis(out, np.broadcast_to(position[:, None, :], group.shape), group, 2)
+    return torch.from_numpy(out)
+
+
+def _attribute(base: Baseline, on_batch: Progress | None) -> DirectAttribution:
+    """Direct attribution of all wrong tokens of the test split, images numbered over the split."""
+    test = base.test
+    wrong = base.wrong(base.reference)
+    found = []
+    for x, at in test.slices():
+        parts = direct_attribution(
+            test.model,
+            x,
+            base.bank,
+            queries=torch.from_numpy(wrong[at]),
+            true=torch.from_numpy(np.where(test.labelled, test.labels, 0)[at]),
+            confused=torch.from_numpy(base.predicted[base.reference][at]),
+            sources=source_groups(base, x, at),
+            groups=GROUPS,
+            end=base.readout,
+        )
+        found.append((parts, at.start))
+        if on_batch:
+            on_batch(len(x))
+
+    def joined(name: str, shift: bool = False) -> torch.Tensor:
+        return torch.cat([getattr(p, name) + (start if shift else 0) for p, start in found])
+
+    return DirectAttribution(
+        image=joined("image", shift=True),
+        token=joined("token"),
+        heads=joined("heads"),
+        mlps=joined("mlps"),
+        biases=joined("biases"),
+        start=joined("start"),
+        margin=joined("margin"),
+        groups=GROUPS,
+    )
+
+
+def _per_image(values: np.ndarray, parts: DirectAttribution, base: Baseline) -> np.ndarray:
+    """Sum of per-token values over each image, `[n_images, ...]`."""
+    out = np.zeros((len(base.test), *values.shape[1:]))
+    np.add.at(out, parts.image.numpy(), values)
+    return out
+
+
+def _over(per_head: np.ndarray, chosen: Sequence[Head]) -> np.ndarray:
+    layers, numbers = zip(*chosen, strict=True)
+    return np.asarray(per_head[:, list(layers), list(numbers)].sum((1, 2)))
+
+
+def _heads_table(
+    per_head: np.ndarray, counts: np.ndarray, change: np.ndarray, seed: int
+) -> pd.DataFrame:
+    rows: list[dict[str, Any]] = []
+    for layer, head, group in np.ndindex(per_head.shape[1:]):
+        sums = per_head[:, layer, head, group]
+        mean = bootstrap(ratio, sums, counts, seed=seed)
+        rows.append(
+            {
+                "layer": layer,
+                "head": head,
+                "source": GROUPS[group],
+                **mean.as_dict(),
+                "share": sums.sum() / change.sum(),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _totals_table(
+    per_head: np.ndarray,
+    counts: np.ndarray,
+    change: np.ndarray,
+    ranked: Sequence[Head],
+    seed: int,
+) -> pd.DataFrame:
+    rows = []
+    for rank, (layer, head) in enumerate(ranked):
+        sums = per_head[:, layer, head].sum(1)
+        mean = bootstrap(ratio, sums, counts, seed=seed)
+        share = sums.sum() / change.sum()
+        rows.append({"layer": layer, "head": head, **mean.as_dict(), "share": share, "rank": rank})
+    return pd.DataFrame(rows)
+
+
+def _components_table(
+    parts: DirectAttribution, base: Baseline, counts: np.ndarray, seed: int
+) -> pd.DataFrame:
+    """Start, every attention (with its bias), every MLP, and their sum, the margin."""
+    sums = {"start": parts.start.numpy()}
+    for layer in range(parts.mlps.shape[1]):
+        attention = parts.heads[:, layer].sum((1, 2)) + parts.biases[:, layer]
+        sums[f"attention {layer}"] = attention.numpy()
+        sums[f"mlp {layer}"] = parts.mlps[:, layer].numpy()
+    sums["margin"] = parts.margin.numpy()
+    rows = []
+    for name, values in sums.items():
+        mean = bootstrap(ratio, _per_image(values, parts, base), counts, seed=seed)
+        rows.append({"component": name, **mean.as_dict()})
+    return pd.DataFrame(rows)
+
+
+def _cut_heads(
+    base: Baseline,
+    ranked: Sequence[Head],
+    first_half: np.ndarray,
+    seed: int,
+    on_batch: Progress | None,
+) -> tuple[pd.DataFrame, Interval, Interval, Interval]:
+    """Cut the anchor edges in the top heads and in random ones; second half of the images."""
+    test, rng = base.test, np.random.default_rng(seed)
+    queries, anchors = anchor_edges(base)
+    queries = queries & ~first_half[:, None]
+    edges = test.edges(anchors & queries[:, :, None])
+    clean = base.right(base.readout)
+
+    def cut(chosen: Sequence[Head]) -> np.ndarray:
+        said = base.reread(lambda number: _edits(edges[number], chosen), on_batch=on_batch)
+        return base.hits(said[base.readout])
+
+    def share(right: np.ndarray) -> Interval:
+        return share_gone(test, clean, right, queries, seed)
+
+    rows = []
+    for n in (1, 2, N_TOP, 2 * N_TOP, len(ranked)):
+        if n <= len(ranked):
+            name = "all heads" if n == len(ranked) else f"top {n}"
+            right = cut(ranked[:n])
+            if n == N_TOP:
+                top = right
+            rows.append({"set": name, "n_heads": n, "measure": "share", **share(right).as_dict()})
+    drawn = [
+        cut([ranked[i] for i in rng.choice(len(ranked), N_TOP, replace=False)])
+        for _ in range(N_DRAWS)
+    ]
+    # draws are pooled per image, so an image's weight covers all draws of it
+    kept = sum((right & queries).sum(1) for right in drawn)
+    all_ = (clean & queries).sum(1)
+    control = bootstrap(lambda k, a: 1 - ratio(k, N_DRAWS * a), kept, all_, seed=seed)
+    beyond = bootstrap(
+        lambda t, k, a: ratio(k / N_DRAWS - t, a), (top & queries).sum(1), kept, all_, seed=seed
+    )
+    name = f"{N_TOP} random heads ({N_DRAWS} draws)"
+    rows.append({"set": name, "n_heads": N_TOP, "measure": "share", **control.as_dict()})
+    return pd.DataFrame(rows), share(top), control, beyond
+
+
+def _edits(edges: EdgeSet, chosen: Sequence[Head]) -> list[MaskEdit]:
+    """One knockout a layer, in the chosen heads of that layer."""
+    if not len(edges):
+        return []
+    layers = sorted({layer for layer, _ in chosen})
+    return [
+        Knockout(edges, layers=layer, heads=[h for at, h in chosen if at == layer])
+        for layer in layers
+    ]

@@ -1,0 +1,191 @@
+"""The whole study: four claims on one model and one dataset, into one run folder.
+
+    prepare -> fit probes -> recovery -> knockout -> heads -> bidirectional -> tables, report
+
+Probes are fitted on one split and everything is reported on another. Nothing is written before the
+folder has been checked, each file appears whole or not at all, and the manifest comes last: a
+folder with a manifest is a finished run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from interp.datasets import scenes
+from interp.edits import Knockout
+from interp.model import MLLM
+from interp.report import write_report
+from interp.runs import RunFolder
+from interp.studies.bidirectional import bidirectional, opened
+from interp.studies.heads import heads
+from interp.studies.knockout import anchor_edges, knockout
+from interp.studies.recovery import Baseline, recovery
+from interp.studies.result import Result
+from interp.studies.split import Split
+
+QUESTION = "What is in the picture?"
+N_PICTURES = 8
+KEYS = ("drop_off", "recovery", "knockout", "heads", "bidirectional")
+
+
+@dataclass(frozen=True)
+class StudyArguments:
+    """Everything that decides a study's numbers, besides model and data themselves.
+
+    Attributes:
+        model: as it was given on the command line, or a name for a module.
+        data: the dataset.
+        n_probe: images the probes are fitted on.
+        n_test: images everything is reported on.
+        question: the prompt; image tokens precede it, so it does not change their states.
+        batch_size: images in one forward pass.
+        seed: of every random draw.
+    """
+
+    model: str
+    data: str = "scenes"
+    n_probe: int = 600
+    n_test: int = 300
+    question: str = QUESTION
+    batch_size: int = 50
+    seed: int = 0
+
+
+def study(
+    model: MLLM,
+    out: str | Path,
+    arguments: StudyArguments,
+    *,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run the four studies and write `out`; returns the summary.
+
+    Args:
+        model: the model under study.
+        out: the run folder; see `RunFolder.create` for when an existing one is refused.
+        arguments: what decides the numbers.
+        overwrite: replace another study's files in `out`.
+        quiet: no progress bars.
+    """
+    folder = RunFolder.create(out, arguments=asdict(arguments), overwrite=overwrite)
+    test_data, probe_data = scenes("test"), scenes("probe")
+    a = arguments
+    with _bars(quiet) as bars:
+        prepare = bars.add_task("preparing the pictures", total=2)
+        probe = Split.prepare(model, probe_data, a.n_probe, a.question, batch_size=a.batch_size)
+        bars.advance(prepare)
+        test = Split.prepare(model, test_data, a.n_test, a.question, batch_size=a.batch_size)
+        bars.advance(prepare)
+
+        def step(name: str, n_images: int | None) -> Callable[[int], None]:
+            task = bars.add_task(name, total=n_images)
+            return lambda n: bars.advance(task, n)
+
+        # images forwarded: recovery reads both splits twice (the model, its shuffled control)
+        both = a.n_probe + a.n_test
+        base, results = recovery(
+            probe, test, test_data.classes, seed=a.seed, on_batch=step("1 recovery", 2 * both)
+        )
+        results.append(knockout(base, seed=a.seed, on_batch=step("2 knockout", None)))
+        results.append(heads(base, seed=a.seed, on_batch=step("3 heads", None)))
+        results.append(bidirectional(base, seed=a.seed, on_batch=step("4 bidirectional", both)))
+
+    summary = _summary(base, results, arguments, test_data)
+    for result in results:
+        for name, table in result.tables.items():
+            folder.write_table(name, table)
+    folder.write_table("tokens", _tokens(base))
+    for image in range(min(N_PICTURES, len(test))):
+        picture = test_data[image].image
+        folder.write_bytes(f"pictures/{test.names[image].replace('/', '-')}.png", _png(picture))
+    with folder.writing("probes.safetensors") as path:
+        base.bank.save(path)
+    folder.write_json("summary.json", summary)
+    folder.note(
+        seed=a.seed,
+        fingerprints={
+            "model": model.fingerprint(),
+            "probe_data": probe_data.fingerprint(),
+            "test_data": test_data.fingerprint(),
+        },
+    )
+    write_report(folder)
+    folder.finish()
+    return summary
+
+
+def _summary(
+    base: Baseline, results: list[Result], arguments: StudyArguments, data: Any
+) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    for result in results:
+        figures |= {key: interval.as_dict() for key, interval in result.figures.items()}
+    return {
+        "model": arguments.model,
+        "architecture": repr(base.test.model),
+        "data": arguments.data,
+        "classes": list(base.classes),
+        "colors": [list(color) for color in data.colors],
+        "n_probe_images": len(base.probe),
+        "n_test_images": len(base.test),
+        "grid": list(base.test.shape),
+        "reference_stage": base.reference,
+        "readout_stage": base.readout,
+        "adapter_reads": base.test.model.adapter_reads,
+        "findings": {key: r.finding.as_dict() for key, r in zip(KEYS, results, strict=True)},
+        "figures": figures,
+    }
+
+
+def _tokens(base: Baseline) -> pd.DataFrame:
+    """What the probes say of every token of the first scenes: before, after, cut, opened."""
+    test, n = base.test, min(N_PICTURES, len(base.test))
+    _, anchors = anchor_edges(base)
+    edges = test.edges(anchors)
+    said = {
+        "adapter": base.predicted[base.reference],
+        "final": base.predicted[base.readout],
+        "knockout": base.reread(lambda i: [Knockout(edges[i])] if len(edges[i]) else [])[
+            base.readout
+        ],
+        "bidirectional": base.reread(opened(test))[base.readout],
+    }
+    image, token = np.indices((n, test.n_tokens)).reshape(2, -1)
+    row, col = np.divmod(token, test.shape[1])
+    return pd.DataFrame(
+        {
+            "name": [test.names[i] for i in image],
+            "image": image,
+            "token": token,
+            "row": row,
+            "col": col,
+            "label": test.labels[image, token],
+            **{name: values[image, token] for name, values in said.items()},
+        }
+    )
+
+
+def _png(picture: Image.Image) -> bytes:
+    buffer = BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _bars(quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        disable=quiet,
+    )
