@@ -22,6 +22,9 @@ from interp.errors import InterpError
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
+#: below this many parameters two CPU threads wait for each other longer than they work
+SMALL = 20_000_000
+
 
 @app.callback(invoke_without_command=True)
 def main(
@@ -41,9 +44,14 @@ def study(
     n_test: Annotated[int, typer.Option(help="Images everything is reported on.")] = 300,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Annotated[str | None, typer.Option(help='For instance "cuda".')] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch on the CPU; one if the model is small.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace another study in OUT.")] = False,
 ) -> None:
     """Run the paper's four experiments on a model and write tables, probes and a report."""
+    import torch
+
     from interp.model import MLLM
     from interp.report.text import findings_table
     from interp.studies.study import StudyArguments
@@ -52,6 +60,8 @@ def study(
     arguments = StudyArguments(model=model, n_probe=n_probe, n_test=n_test, seed=seed)
     try:
         loaded = MLLM.load(model, device=device)
+        if threads or loaded.n_parameters < SMALL:
+            torch.set_num_threads(threads or 1)
         summary = run_study(loaded, out, arguments, overwrite=overwrite)
     except (InterpError, ValueError) as error:
         _fail(error)

@@ -49,7 +49,13 @@ class EdgeSet:
     n_pos: int
 
     def __post_init__(self) -> None:
-        table = np.asarray(self.table, dtype=np.int64).reshape(-1, 3)
+        table = np.asarray(self.table)
+        if table.size and (table.ndim != 2 or table.shape[1] != 3 or table.dtype.kind not in "iu"):
+            raise EdgeError(
+                f"a table of edges is whole numbers [n_edges, 3], not {table.dtype} "
+                f"{list(table.shape)}"
+            )
+        table = table.astype(np.int64).reshape(-1, 3)
         if len(table):
             low, high = table.min(0), table.max(0)
             if low.min() < 0 or high[0] >= self.n_batch or high[1:].max() >= self.n_pos:
@@ -75,8 +81,10 @@ class EdgeSet:
     @classmethod
     def of(cls, edges: Iterable[tuple[int, int, int]], n_batch: int, n_pos: int) -> EdgeSet:
         """From (row, src, dst) triples, in the order in which one says them."""
-        triples = np.array(list(edges), dtype=np.int64).reshape(-1, 3)
-        return cls(triples[:, [0, 2, 1]], n_batch, n_pos)
+        triples = np.array(list(edges))
+        if triples.ndim == 2 and triples.shape[1] == 3:
+            triples = triples[:, [0, 2, 1]]
+        return cls(triples, n_batch, n_pos)  # which refuses any other shape
 
     @classmethod
     def from_mask(cls, mask: Tensor | np.ndarray) -> EdgeSet:
@@ -206,4 +214,5 @@ class EdgeSet:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EdgeSet:
-        return cls(np.array(data["edges"], dtype=np.int64), data["n_batch"], data["n_pos"])
+        """The set that `to_json` wrote."""
+        return cls(np.array(data["edges"]), data["n_batch"], data["n_pos"])

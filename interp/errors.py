@@ -66,7 +66,7 @@ class FolderInUse(InterpError, FileExistsError):
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The `n` known names closest to `name`, as words for an error message.
 
-    >>> nearest("hook_patern", ["hook_pattern", "hook_z"])
+    >>> nearest("hook_patern", ["hook_pattern", "ln_final"])
     'did you mean hook_pattern?'
     """
     close = difflib.get_close_matches(name, list(known), n=n, cutoff=0.5)

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformer_lens.hook_points import HookPoint
 
 from interp.attention import bool_mask
 from interp.edits.masks import MaskBook, MaskEdit
 from interp.edits.receipts import Receipt, Receipts, attention_mass
-from interp.errors import NotRead, nearest
+from interp.errors import EditHadNoEffect, NotRead, nearest
 from interp.hooks import canonical
 from interp.inputs import Inputs
+from interp.points import Point
 from interp.tokens import TokenGrid
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HookFunction = Callable[..., Tensor | None]
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """What one run gave.
 
@@ -48,6 +48,10 @@ class Run:
     receipts: Receipts
     grid: TokenGrid
     image_tokens: Callable[[str, Tensor, TokenGrid], Tensor] = field(repr=False)
+
+    def __repr__(self) -> str:
+        logits = "no logits" if self.logits is None else f"logits {list(self.logits.shape)}"
+        return f"Run({len(self.states)} states, {logits}, {len(self.receipts)} receipts)"
 
     def __getitem__(self, name: str) -> Tensor:
         name = canonical(name)
@@ -99,6 +103,8 @@ def execute(
             edits,
             model.cfg.n_layers,
             model.cfg.n_heads,
+            len(x),
+            x.n_pos,
             strict=strict,
             allow_empty_rows=allow_empty_rows,
         )
@@ -108,14 +114,13 @@ def execute(
     steps.sort(key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
     nn, tensors = model.nn, model.to_device(x)
-    with torch.no_grad():
-        with nn.trace(**tensors, use_cache=False) as tracer:
-            for step in steps:
-                step.act()
-            if logits:
-                out["logits"] = nn.output.logits
-            else:
-                tracer.stop()
+    with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
+        for step in steps:
+            step.act()
+        if logits:
+            out["logits"] = nn.output.logits
+        else:
+            tracer.stop()
     receipts.sort(key=lambda receipt: receipt.layer)
     return Run(states, out.get("logits"), Receipts(receipts), x.grid, model.image_tokens)
 
@@ -132,11 +137,19 @@ def _value_steps(
         by_name.setdefault(name, []).append(function)
 
     def step(name: str, edits: list[HookFunction], keep: bool) -> Step:
+        off_path = model.off_path(name)
+
         def act() -> None:
             site = model.hook(name)
             value = site.output
             for edit in edits:
-                edited = edit(value, hook=_hook_point(model, name))
+                version = value._version if off_path else 0  # torch counts edits in place
+                edited = edit(value, hook=Point(name))
+                if off_path and (edited is not None or value._version != version):
+                    raise EditHadNoEffect(
+                        f"an edit at {name!r} cannot reach the logits: the adapter reads "
+                        f"{model.adapter_reads!r}, and this lies behind it"
+                    )
                 if edited is not None:
                     site.output = edited
                     value = site.output
@@ -149,13 +162,6 @@ def _value_steps(
 
     wanted = set(read)
     return [step(name, edits, name in wanted) for name, edits in by_name.items()]
-
-
-def _hook_point(model: MLLM, name: str) -> HookPoint:
-    """The HookPoint a TransformerLens function is handed: it tells name and layer."""
-    point = HookPoint()
-    point.name = name
-    return point
 
 
 def _mask_steps(
@@ -173,7 +179,7 @@ def _mask_steps(
         base = kwargs.get("attention_mask")
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         if base is None:
-            base = book.causal(hidden.shape[1], hidden.device)
+            base = book.causal(hidden.device)
         else:
             base = bool_mask(base, hidden[:, None], hidden[:, None], True)
         mask, found = book.mask(base, layer)
@@ -199,7 +205,14 @@ def _mask_steps(
                     heads=done.heads,  # type: ignore[arg-type]
                 )
             receipts.append(
-                Receipt(repr(done), layer, len(done.edges), effect.changed, share, effect.empty_rows)
+                Receipt(
+                    edit=repr(done),
+                    layer=layer,
+                    asked=len(done.edges),
+                    changed=effect.changed,
+                    mass=share,
+                    empty_rows=effect.empty_rows,
+                )
             )
 
     steps = [Step(model.hooks.rank(f"{prefix}.hook_q") - 0.5, edit)]

@@ -59,7 +59,12 @@ BLOCK_HOOKS: dict[str, str] = {
 ROTARY_HOOKS = ("attn.hook_rot_q", "attn.hook_rot_k")
 
 #: TransformerLens's own spellings of the towers, accepted everywhere a name is.
-ALIASES = {"vision_encoder.": "vision.", "vision_projector.": "adapter."}
+#: The first that fits counts.
+ALIASES = {
+    "vision_encoder.encoder_layers.": "vision.blocks.",
+    "vision_encoder.": "vision.",
+    "vision_projector.": "adapter.",
+}
 
 Pattern = str | Iterable[str] | Callable[[str], bool]
 
@@ -76,7 +81,12 @@ class Vocabulary:
     """
 
     def __init__(
-        self, n_layers: int, n_vision_layers: int, *, rotary: bool = True, vision_rotary: bool = False
+        self,
+        n_layers: int,
+        n_vision_layers: int,
+        *,
+        rotary: bool = True,
+        vision_rotary: bool = False,
     ) -> None:
         shapes = {"hook_embed": "batch pos d_model", "vision.hook_embed": "image pos d_model"}
         for layer in range(n_vision_layers):
@@ -155,6 +165,8 @@ def canonical(name: str) -> str:
 
     >>> canonical("vision_encoder.blocks.0.hook_resid_post")
     'vision.blocks.0.hook_resid_post'
+    >>> canonical("vision_encoder.encoder_layers.*.hook_mlp_out")
+    'vision.blocks.*.hook_mlp_out'
     """
     for theirs, ours in ALIASES.items():
         if name.startswith(theirs):

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from interp.errors import ImageError
@@ -114,8 +114,11 @@ def _picture(image: Picture) -> Image.Image:
     if isinstance(image, (str, os.PathLike)):
         path = Path(image)
         if not path.is_file():
-            raise ImageError(f"no picture at {os.fspath(image)!r}")
-        image = Image.open(path)
+            raise ImageError(f"no picture at {str(path)!r}")
+        try:
+            image = Image.open(path)
+        except UnidentifiedImageError:
+            raise ImageError(f"{str(path)!r} is no picture that Pillow can read") from None
     if isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ImageError(

@@ -42,25 +42,44 @@ def load(
         family_of(source)  # refuse early
         module = source
     else:
-        where = _locate(os.fspath(source))
+        name = os.fspath(source)
+        where = _locate(name)
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if revision is not None:
             common["revision"] = revision
-        config = AutoConfig.from_pretrained(where, **common)
-        if not hasattr(config, "vision_config"):
-            raise NotMultimodal(
-                f"{os.fspath(source)!r} is no multimodal LLM: its config (model_type "
-                f"{config.model_type!r}) has no vision_config. Load a vision-language model, for "
-                "instance llava-hf/llava-1.5-7b-hf, or the bundled one with 'tiny'"
-            )
-        module = AutoModelForImageTextToText.from_pretrained(
-            where, dtype=dtype or "auto", **common
-        )
+        module = _read_module(name, where, dtype or "auto", common)
         if processor is None:
-            processor = AutoProcessor.from_pretrained(where, **common)
+            processor = _read_processor(name, where, common)
     if device is not None:
         module = module.to(device)
     return module.eval(), processor
+
+
+def _read_module(
+    name: str, where: str, dtype: torch.dtype | str, common: dict[str, Any]
+) -> nn.Module:
+    try:
+        config = AutoConfig.from_pretrained(where, **common)
+        if not hasattr(config, "vision_config"):
+            raise NotMultimodal(
+                f"{name!r} is no multimodal LLM: its config (model_type {config.model_type!r}) "
+                "has no vision_config. Load a vision-language model, for instance "
+                "llava-hf/llava-1.5-7b-hf, or the bundled one with 'tiny'"
+            )
+        family_of(config)  # before any weights are loaded
+        return AutoModelForImageTextToText.from_pretrained(where, dtype=dtype, **common)
+    except OSError as error:  # transformers' word for every file that is missing or broken
+        raise ModelNotFound(f"no model at {name!r}: {error}") from error
+
+
+def _read_processor(name: str, where: str, common: dict[str, Any]) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(where, **common)
+    except OSError as error:
+        raise ModelNotFound(
+            f"the model at {name!r} comes with no processor ({error}); pass one: "
+            "MLLM.load(..., processor=AutoProcessor.from_pretrained(...))"
+        ) from error
 
 
 def _locate(source: str) -> str:

@@ -22,7 +22,6 @@ from functools import cached_property
 from typing import Any
 
 import nnsight
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
@@ -57,6 +56,7 @@ class Dims:
 
     @classmethod
     def of(cls, config: Any, family: Family) -> Dims:
+        """The sizes that a transformers configuration names."""
         text = getattr(config, family.language.config)
         vision = getattr(config, family.vision.config)
         n_heads, n_vision_heads = text.num_attention_heads, vision.num_attention_heads
@@ -151,13 +151,17 @@ class MLLM:
 
     @property
     def device(self) -> torch.device:
+        """Where the model's first weights are."""
         return next(self.module.parameters()).device
+
+    @property
+    def n_parameters(self) -> int:
+        """How many parameters the model has."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
 
     # -- inputs -----------------------------------------------------------------------------------
 
-    def prepare(
-        self, image: Picture | Sequence[Picture], text: str | Sequence[str]
-    ) -> Inputs:
+    def prepare(self, image: Picture | Sequence[Picture], text: str | Sequence[str]) -> Inputs:
         """Pictures and a question to `Inputs`, through the model's own processor.
 
         Args:
@@ -165,12 +169,16 @@ class MLLM:
             text: the question, one for all rows or one a row; goes through the chat template
                 unless it already holds the image placeholder.
         """
+        return prepare(self.family, self.config, self._needed_processor(), image, text)
+
+    def _needed_processor(self) -> Any:
         if self.processor is None:
             raise ValueError(
-                "this model was loaded without a processor, so it cannot prepare pictures; pass "
-                "one: MLLM.load(module, processor=AutoProcessor.from_pretrained(...))"
+                "this model was loaded without a processor, so it can neither prepare pictures nor "
+                "write words; pass one: "
+                "MLLM.load(module, processor=AutoProcessor.from_pretrained(...))"
             )
-        return prepare(self.family, self.config, self.processor, image, text)
+        return self.processor
 
     def to_device(self, x: Inputs) -> dict[str, Tensor]:
         """The model's inputs on its device, pictures in its precision."""
@@ -261,11 +269,12 @@ class MLLM:
 
     def generate(self, x: Inputs, *, max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
         """Answer in words: one text a row, without the prompt. Greedy unless asked otherwise."""
+        processor = self._needed_processor()
         kwargs = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
         with torch.no_grad():
             ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]
         new = ids[:, x.n_pos :]
-        return list(self.processor.batch_decode(new, skip_special_tokens=True))
+        return list(processor.batch_decode(new, skip_special_tokens=True))
 
     # -- nnsight ----------------------------------------------------------------------------------
 
@@ -285,10 +294,19 @@ class MLLM:
         """The nnsight envoy of the module at a dotted path."""
         return envoy_at(self.nn, path)
 
-    # -- what the names mean on this model ----------------------------------------------------------
+    # -- what the names mean on this model ---------------------------------------------------------
 
     def image_tokens(self, name: str, state: Tensor, grid: TokenGrid) -> Tensor:
-        """Image tokens of a state, `[n_images, n_tokens, ...]`; see `Run.tokens`."""
+        """Image tokens of a state, `[n_images, n_tokens, ...]`; see `Run.tokens`.
+
+        Raises:
+            ValueError: the hook has no axis of positions (scores, patterns, masks).
+        """
+        if self.hooks.shape(name).split()[1] not in ("pos", "token"):
+            raise ValueError(
+                f"{name!r} is [{self.hooks.shape(name)}]: it has no token axis to pick image "
+                "tokens from; index it with grid.position"
+            )
         if name.startswith("adapter."):
             return state
         if name.startswith("vision."):
@@ -299,6 +317,11 @@ class MLLM:
     def adapter_reads(self) -> str:
         """The stage the adapter really reads; later vision layers are off the path."""
         return f"vision.blocks.{self.family.adapter_reads(self.config)}.hook_resid_post"
+
+    def off_path(self, name: str) -> bool:
+        """Whether a hook lies in a vision block behind `adapter_reads`: edits there do nothing."""
+        behind = self.hooks.rank(name) > self.hooks.rank(self.adapter_reads)
+        return behind and canonical(name).startswith("vision.")
 
     @property
     def stages(self) -> list[str]:
@@ -322,6 +345,6 @@ class MLLM:
         digest = hashlib.sha256()
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            digest.update(np.ascontiguousarray(raw).tobytes())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().tobytes())
         return digest.hexdigest()

@@ -20,8 +20,9 @@ nothing, to the last bit.
 
 from __future__ import annotations
 
+import re
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,13 +31,40 @@ from transformer_lens.hook_points import HookPoint
 from interp.families.base import Family, Tower, module_at
 from interp.hooks import BLOCK_HOOKS
 
-ATTENTION_POINTS = ("hook_rot_q", "hook_rot_k", "hook_mask", "hook_attn_scores", "hook_pattern", "hook_z")
+ATTENTION_POINTS = (
+    "hook_rot_q",
+    "hook_rot_k",
+    "hook_mask",
+    "hook_attn_scores",
+    "hook_pattern",
+    "hook_z",
+)
+
+
+class Point(HookPoint):
+    """TransformerLens's HookPoint with a name, whose `layer()` knows the vision tower's too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def layer(self) -> int:
+        """The block's number, counted in its own tower.
+
+        Raises:
+            ValueError: the hook lies in no block.
+        """
+        match = re.search(r"\bblocks\.(\d+)\.", str(self.name))
+        if match is None:
+            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
+        return int(match[1])
 
 
 def attach(module: nn.Module, family: Family) -> None:
     """Hang a named HookPoint for every inner hook into both towers (once per module)."""
     for tower, prefix in ((family.vision, "vision."), (family.language, "")):
-        for layer, block in enumerate(module_at(module, tower.blocks)):  # type: ignore[arg-type]
+        blocks = cast(nn.ModuleList, module_at(module, tower.blocks))
+        for layer, block in enumerate(blocks):
             _attach_block(block, tower, f"{prefix}blocks.{layer}.")
         if tower.final_norm:
             _attach_norm(module_at(module, tower.final_norm), f"{prefix}ln_final.")
@@ -56,7 +84,7 @@ def _attach_block(block: nn.Module, tower: Tower, prefix: str) -> None:
     _attach_norm(ln2, f"{prefix}ln2.")
     projection = module_at(block, tower.block.part("o"))
     _add(projection, "hook_result", f"{prefix}attn.hook_result")
-    projection.d_head = attention.head_dim  # type: ignore[assignment]
+    projection.d_head = attention.head_dim
     projection.register_forward_hook(_fire_result)
 
 
@@ -69,44 +97,46 @@ def _attach_norm(norm: nn.Module, prefix: str) -> None:
 
 
 def _add(module: nn.Module, hook: str, name: str) -> None:
-    point = HookPoint()
-    point.name = name
-    module.add_module(hook, point)
+    module.add_module(hook, Point(name))
 
 
 # -- is anybody looking? --------------------------------------------------------------------------
 
 
 def listen(module: nn.Module, envoy: Any) -> None:
-    """Tell every point which nnsight interleaver serves it, and under which location."""
+    """Tell every point which nnsight interleaver serves it, and under which location.
+
+    Wrapping a module twice is fine: its points then listen to both.
+    """
     interleaver = weakref.ref(envoy.interleaver)
     for path, point in module.named_modules():
-        if isinstance(point, HookPoint):
-            point.__dict__["interp_watch"] = (interleaver, f"{envoy.path}.{path}")
+        if isinstance(point, Point):
+            living = [(ref, at) for ref, at in _watchers(point) if ref() is not None]
+            point.__dict__["interp_watchers"] = [*living, (interleaver, f"{envoy.path}.{path}")]
+
+
+def _watchers(point: HookPoint) -> list[tuple[weakref.ref[Any], str]]:
+    return point.__dict__.get("interp_watchers", [])
 
 
 def watched(point: HookPoint) -> bool:
     """Whether a trace, a cache or a TransformerLens hook wants the value at this point now."""
     if point._forward_hooks or point._backward_hooks:
         return True
-    reference, path = point.__dict__.get("interp_watch", (None, ""))
-    interleaver = reference() if reference is not None else None
-    if interleaver is None or not interleaver.interleaving:
-        return False
-    output, inputs = f"{path}.output", f"{path}.input"
-    return (
-        output in interleaver.parked
-        or inputs in interleaver.parked
-        or output in interleaver.observers
-        or inputs in interleaver.observers
-    )
+    for reference, path in _watchers(point):
+        interleaver = reference()
+        if interleaver is not None and interleaver.interleaving:
+            for side in (f"{path}.output", f"{path}.input"):
+                if side in interleaver.parked or side in interleaver.observers:
+                    return True
+    return False
 
 
-# -- points beside the computation ------------------------------------------------------------------
+# -- points beside the computation -----------------------------------------------------------------
 
 
 def _fire_resid_mid(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    point: HookPoint = norm.hook_resid_mid  # type: ignore[assignment]
+    point: HookPoint = norm.hook_resid_mid
     if watched(point):
         x = args[0]
         edited = point(x)
@@ -115,7 +145,7 @@ def _fire_resid_mid(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
             x.copy_(edited)
 
 
-def norm_scale(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+def norm_scale(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """(x centred if the norm centres, its scale): the norm is `centred / scale * weight (+ bias)`.
 
     Scale is TransformerLens's `hook_scale`: the root mean square with epsilon, `[..., 1]`, float32
@@ -125,12 +155,12 @@ def norm_scale(norm: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
     if isinstance(norm, nn.LayerNorm):
         x = x - x.mean(-1, keepdim=True)
-    return x, (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()  # type: ignore[operator]
+    return x, (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def _fire_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    scale_point: HookPoint = norm.hook_scale  # type: ignore[assignment]
-    normalized_point: HookPoint = norm.hook_normalized  # type: ignore[assignment]
+    scale_point: HookPoint = norm.hook_scale
+    normalized_point: HookPoint = norm.hook_normalized
     if not (watched(scale_point) or watched(normalized_point)):
         return None
     x, scale = norm_scale(norm, args[0])
@@ -139,7 +169,7 @@ def _fire_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Ten
     scale = scale_point(scale.clone())
     # asked only now: a trace's worker that waited for the scale may move on to the next point
     after = normalized_point(x / scale)
-    change = (after - before) * norm.weight  # type: ignore[operator]
+    change = (after - before) * norm.weight
     return output + change.to(output.dtype)
 
 
@@ -153,10 +183,10 @@ def head_results(projection: nn.Linear, z: Tensor, d_head: int) -> Tensor:
     return torch.einsum("bphd,mhd->bphm", z.unflatten(-1, (-1, d_head)), weight)
 
 
-def _fire_result(projection: nn.Linear, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-    point: HookPoint = projection.hook_result  # type: ignore[assignment]
+def _fire_result(projection: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    point: HookPoint = projection.hook_result
     if not watched(point):
         return None
-    before = head_results(projection, args[0], projection.d_head)  # type: ignore[arg-type]
+    before = head_results(projection, args[0], projection.d_head)
     after = point(before.clone())
     return output + (after - before).sum(-2).to(output.dtype)

@@ -62,6 +62,7 @@ class TokenGrid:
 
     @property
     def n_images(self) -> int:
+        """Images in the batch."""
         return len(self.shapes)
 
     def __len__(self) -> int:
@@ -223,8 +224,13 @@ class TokenGrid:
         if tokens is None:
             return np.arange(n)
         numbers = np.atleast_1d(np.asarray(tokens))
-        if numbers.dtype == np.bool_:
+        if numbers.dtype == np.bool_ and numbers.shape == (n,):
             numbers = np.flatnonzero(numbers)
+        if numbers.ndim != 1 or (len(numbers) and numbers.dtype.kind not in "iu"):
+            raise EdgeError(
+                f"tokens are whole numbers 0..{n - 1}, or {n} bools, not {numbers.dtype} "
+                f"{list(numbers.shape)}"
+            )
         bad = [int(t) for t in numbers if not 0 <= t < n]
         if bad:
             raise EdgeError(

@@ -18,10 +18,12 @@ Knockout(EdgeSet(1 edge, 1 query, 1 x 8 positions), layers=[1, 2], heads=[0])
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,8 +67,14 @@ class MaskEdit:
         ]
         return f"{type(self).__name__}({self.edges!r}{''.join(where)})"
 
-    def check(self, n_layers: int, n_heads: int) -> None:
-        """Raise unless the model has the layers and heads this edit names."""
+    def check(self, n_layers: int, n_heads: int, n_batch: int, n_pos: int) -> None:
+        """Raise unless the model has this edit's layers and heads, and the run its positions."""
+        edges = self.edges
+        if (edges.n_batch, edges.n_pos) != (n_batch, n_pos):
+            raise EdgeError(
+                f"{self!r}: these edges were made for {edges.n_batch} x {edges.n_pos} positions, "
+                f"but this run has {n_batch} x {n_pos}"
+            )
         for name, value, n in (("layer", self.layers, n_layers), ("head", self.heads, n_heads)):
             for index in value or ():  # type: ignore[union-attr]
                 if index >= n:
@@ -124,13 +132,20 @@ def edit_from_json(data: dict[str, Any]) -> MaskEdit:
 def _indices(value: Indices, name: str) -> tuple[int, ...] | None:
     if value is None:
         return None
-    found = (value,) if isinstance(value, int) else tuple(sorted(set(value)))
-    if not found:
+    given = list(value) if isinstance(value, Iterable) else [value]
+    if not given:
         raise HeadError(f"{name}=[] edits nothing; leave {name} out to mean all of them")
-    for index in found:
-        if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-            raise HeadError(f"{name} are whole numbers from 0, not {index!r}")
-    return found
+    return tuple(sorted({_index(one, name) for one in given}))
+
+
+def _index(value: Any, name: str) -> int:
+    try:
+        index = operator.index(value)  # takes NumPy's and torch's whole numbers too
+    except TypeError:
+        index = -1
+    if index < 0 or isinstance(value, (bool, np.bool_)):
+        raise HeadError(f"{name} are whole numbers from 0, not {value!r}")
+    return index
 
 
 @dataclass
@@ -151,6 +166,8 @@ class MaskBook:
         edits: in the order in which they apply.
         n_layers: of the language model.
         n_heads: its query heads.
+        n_batch: rows of the run's batch.
+        n_pos: positions of its sequence.
         strict: raise `EditHadNoEffect` for an edit that flips nothing.
         allow_empty_rows: let an edit leave queries with no key.
     """
@@ -160,14 +177,17 @@ class MaskBook:
         edits: Sequence[MaskEdit],
         n_layers: int,
         n_heads: int,
+        n_batch: int,
+        n_pos: int,
         *,
         strict: bool = True,
         allow_empty_rows: bool = False,
     ) -> None:
         for edit in edits:
-            edit.check(n_layers, n_heads)
+            edit.check(n_layers, n_heads, n_batch, n_pos)
         self.edits = edits
         self.n_heads = n_heads
+        self.n_pos = n_pos
         self.strict = strict
         self.allow_empty_rows = allow_empty_rows
         self._built: dict[tuple[int, ...], tuple[Tensor, Tensor, list[Effect]]] = {}
@@ -177,10 +197,10 @@ class MaskBook:
         """Numbers of the edits that act in `layer`, in order."""
         return tuple(i for i, edit in enumerate(self.edits) if edit.applies(layer))
 
-    def causal(self, n_pos: int, device: torch.device) -> Tensor:
+    def causal(self, device: torch.device) -> Tensor:
         """The mask that "no mask" stands for in a causal model, `[1, 1, n_pos, n_pos]`."""
         if self._causal is None:
-            full = torch.ones(n_pos, n_pos, dtype=torch.bool, device=device)
+            full = torch.ones(self.n_pos, self.n_pos, dtype=torch.bool, device=device)
             self._causal = full.tril()[None, None]
         return self._causal.to(device)
 
@@ -209,16 +229,10 @@ class MaskBook:
 
     def _apply(self, edit: MaskEdit, mask: Tensor) -> Effect:
         edges = edit.edges
-        batch = max(mask.shape[0], edges.n_batch)
-        if mask.shape[0] not in (1, edges.n_batch) or mask.shape[-2:] != (edges.n_pos, edges.n_pos):
-            raise EdgeError(
-                f"{edit!r}: these edges were made for {edges.n_batch} x {edges.n_pos} positions, "
-                f"but this run has {mask.shape[0]} x {mask.shape[-1]}"
-            )
         at = edges.to_mask(mask.device)  # [batch, query, key]
         heads = self.n_heads if edit.heads is not None and mask.shape[1] == 1 else mask.shape[1]
-        after = mask.expand(batch, heads, -1, -1).clone()
-        chosen = list(range(heads)) if edit.heads is None else list(edit.heads)  # type: ignore[call-overload]
+        after = mask.expand(edges.n_batch, heads, -1, -1).clone()
+        chosen = list(range(heads)) if edit.heads is None else list(edit.heads)  # type: ignore[arg-type]
         open_now = after[:, chosen] & at[:, None]
         if not edit.opens:
             closed = at & ~open_now.all(1)
@@ -229,9 +243,10 @@ class MaskBook:
                     f"is src={src} -> dst={dst} in row {row}. Cutting them would change nothing; "
                     "edges.causal() keeps those that a causal mask leaves open"
                 )
-        after[:, chosen] = (after[:, chosen] | at[:, None]) if edit.opens else (
-            after[:, chosen] & ~at[:, None]
-        )
+        if edit.opens:
+            after[:, chosen] |= at[:, None]
+        else:
+            after[:, chosen] &= ~at[:, None]
         flipped = (after != mask).any(1)
         if self.strict and not flipped.any():
             state = "open" if edit.opens else "closed"
@@ -239,7 +254,7 @@ class MaskBook:
                 f"{edit!r} changes nothing: it holds {len(edges)} edges and every one was {state} "
                 "already; pass strict=False to let that pass"
             )
-        had_key = mask.any(-1).expand(batch, heads, -1)
+        had_key = mask.any(-1).expand(edges.n_batch, heads, -1)
         empty = (had_key & ~after.any(-1)).any(1)
         if empty.any() and not self.allow_empty_rows:
             row, dst = (int(i) for i in empty.nonzero()[0])

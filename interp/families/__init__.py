@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from interp.errors import NotMultimodal
@@ -17,14 +19,14 @@ FAMILIES: tuple[Family, ...] = (LLAVA,)
 __all__ = ["FAMILIES", "Block", "Family", "Place", "Tower", "family_of"]
 
 
-def family_of(module: nn.Module) -> Family:
-    """The table for a model.
+def family_of(model: Any) -> Family:
+    """The table for a model: a transformers module, or its configuration.
 
     Raises:
-        NotMultimodal: it has no vision tower, or its family has no table yet; the message shows
-            the top of its module tree.
+        NotMultimodal: it has no vision tower, or its family has no table yet; for a module, the
+            message shows the top of its tree.
     """
-    config = getattr(module, "config", None)
+    config = getattr(model, "config", model)
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
@@ -32,16 +34,17 @@ def family_of(module: nn.Module) -> Family:
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     if not hasattr(config, "vision_config"):
         raise NotMultimodal(
-            f"{type(module).__name__} (model_type {model_type!r}) is no multimodal LLM: its config "
+            f"{type(model).__name__} (model_type {model_type!r}) is no multimodal LLM: its config "
             f"has no vision_config. Load a vision-language model of one of these types: {known}"
         )
-    tree = "\n".join(f"  {name}: {type(child).__name__}" for name, child in _top(module))
     raise NotMultimodal(
-        f"no family table for model_type {model_type!r} ({type(module).__name__}); there are "
-        f"tables for: {known}. Its tree begins\n{tree}\nA table is one file in interp/families "
-        "and one entry in FAMILIES."
+        f"no family table for model_type {model_type!r} ({type(model).__name__}); there are "
+        f"tables for: {known}. A table is one file in interp/families and one entry in FAMILIES."
+        f"{_tree(model) if isinstance(model, nn.Module) else ''}"
     )
 
 
-def _top(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, m) for name, m in module.named_modules() if name and name.count(".") <= 1]
+def _tree(module: nn.Module) -> str:
+    top = [(name, m) for name, m in module.named_modules() if name and name.count(".") <= 1]
+    lines = [f"  {name}: {type(child).__name__}" for name, child in top]
+    return "\n".join([" The model's tree begins", *lines])

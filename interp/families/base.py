@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from interp.tokens import TokenGrid
 
 Side = Literal["input", "output"]
+View = Literal["plain", "first", "heads"]
 
 
 class Place(NamedTuple):
@@ -41,7 +42,7 @@ class Place(NamedTuple):
 
     path: str
     side: Side
-    view: Literal["plain", "first", "heads"] = "plain"
+    view: View = "plain"
     d_head: int = 0
 
 
@@ -61,7 +62,7 @@ class Block:
     mlp_post: str
 
     #: hook suffix -> (part, side, view); parts named "attn.x" lie inside the attention module.
-    PLACES = {
+    PLACES: ClassVar[dict[str, tuple[str, Side, View]]] = {
         "hook_resid_pre": ("", "input", "plain"),
         "attn.hook_q": ("q", "output", "heads"),
         "attn.hook_k": ("k", "output", "heads"),
@@ -161,7 +162,7 @@ class Family:
         if suffix in Block.PLACES:
             part, side, view = Block.PLACES[suffix]
             path = self.block_path(int(layer), part, vision=vision)
-            return Place(path, side, view, d_head)  # type: ignore[arg-type]
+            return Place(path, side, view, d_head)
         part, hook = point_of(suffix)
         return Place(f"{self.block_path(int(layer), part, vision=vision)}.{hook}", "output")
 

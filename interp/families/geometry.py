@@ -32,9 +32,7 @@ class Geometry:
     target: tuple[int, int]
 
     @classmethod
-    def of(
-        cls, processor: Any, size: tuple[int, int], target: tuple[int, int]
-    ) -> Geometry:
+    def of(cls, processor: Any, size: tuple[int, int], target: tuple[int, int]) -> Geometry:
         """What `processor` does to a picture of `size` = (width, height), ending in `target`.
 
         Args:
@@ -93,4 +91,6 @@ def _resized(size: dict[str, int], width: int, height: int, name: str) -> tuple[
         return int(short * width / height), short
     if "height" in size and "width" in size:
         return size["width"], size["height"]
-    raise NotImplementedError(f"{name} resizes by {size}; only height/width and shortest_edge are known")
+    raise NotImplementedError(
+        f"{name} resizes by {size}; only height/width and shortest_edge are known"
+    )

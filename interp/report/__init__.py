@@ -1,0 +1,21 @@
+"""One self-contained page from a run folder, and the table the command line prints.
+
+A report is a view, never a source: everything it shows is read from the folder's tables and
+`summary.json`, so a figure can be drawn anew, elsewhere or otherwise, without running a model.
+
+- `tables`: which tables a page is drawn from, and the columns each must have.
+- `palette`: one colour a role, the same in every figure, apart for colour-blind readers too.
+- `plots`: what the figures share: bands, whiskers, labels at the ends of lines.
+- `figures`: the figures in the order of the page, each with its caption and its control.
+- `pictures`: scenes with their tokens coloured by verdict, as inline SVG.
+- `text`: intervals and verdicts in words; `findings_table` for a terminal.
+- `page`: all of it in one HTML file that opens offline.
+"""
+
+from __future__ import annotations
+
+from interp.report.page import write_report
+from interp.report.tables import TableError
+from interp.report.text import findings_table
+
+__all__ = ["TableError", "findings_table", "write_report"]

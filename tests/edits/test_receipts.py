@@ -1,0 +1,83 @@
+"""Receipts against what the patterns say, and the runs around them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from interp import EdgeSet, Knockout, Unmask
+from interp.edits.receipts import Receipt, Receipts
+
+
+def mass_by_hand(pattern, edges, heads) -> float:
+    """Mean over edited (query, head) of the attention on `edges`, from `[batch, head, q, k]`."""
+    shares = []
+    for row, dst in sorted({(int(r), int(d)) for r, d, _ in edges.table}):
+        keys = [int(s) for r, d, s in edges.table if (r, d) == (row, dst)]
+        shares += [float(pattern[row, head, dst, keys].double().sum()) for head in heads]
+    return float(np.mean(shares))
+
+
+@pytest.mark.parametrize("heads", [None, [1, 4]])
+def test_mass_of_a_knockout_is_what_the_edges_carried(rand, rx2, heads):
+    edges = rx2.grid.edges([0, 1, 5], [9, 12]) | rx2.grid.edges(2, 7, image=1)
+    name = "blocks.1.attn.hook_pattern"
+    clean = rand.run(rx2, read=name)[name]
+    (receipt,) = rand.run(rx2, Knockout(edges, layers=1, heads=heads)).receipts
+    by_hand = mass_by_hand(clean, edges, range(6) if heads is None else heads)
+    assert receipt.mass == pytest.approx(by_hand, abs=1e-6)
+    assert 0.01 < receipt.mass < 0.99
+
+
+def test_mass_of_an_opening_is_what_flows_through_it(rand, rx2):
+    edges = rx2.grid.edges([9, 12], [0, 1])
+    name = "blocks.1.attn.hook_pattern"
+    run = rand.run(rx2, Unmask(edges, layers=1, heads=[0, 3]), read=name)
+    by_hand = mass_by_hand(run[name], edges, [0, 3])
+    assert run.receipts[0].mass == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_mass_is_taken_under_the_mask_the_edit_found(rand, rx):
+    """The second cut's share is of what the first one left, renormalised."""
+    first, second = rx.grid.edges(0, 9), rx.grid.edges(1, 9)
+    name = "blocks.0.attn.hook_pattern"
+    left = rand.run(rx, Knockout(first, layers=0), read=name)[name]
+    receipts = rand.run(rx, Knockout(first, layers=0), Knockout(second, layers=0)).receipts
+    assert receipts[1].mass == pytest.approx(mass_by_hand(left, second, range(6)), abs=1e-6)
+
+
+def test_receipts_count_by_edit_and_layer(rand, rx):
+    cut = rx.grid.edges([0, 1], [9, 12])
+    block = rx.grid.image_block()
+    receipts = rand.run(rx, Unmask(block), Knockout(cut, layers=[0, 2], heads=1)).receipts
+    assert [(r.layer, r.edit.split("(")[0], r.asked, r.changed) for r in receipts] == [
+        (0, "Unmask", 256, 120),  # 16 x 15 / 2 were closed
+        (0, "Knockout", 4, 4),
+        (1, "Unmask", 256, 120),
+        (2, "Unmask", 256, 120),
+        (2, "Knockout", 4, 4),
+    ]
+
+
+def test_receipts_without_mass_give_the_same_run(rand, rx):
+    edit = Knockout(rx.grid.edges([0, 1], [9, 12]))
+    with_mass, without = rand.run(rx, edit), rand.run(rx, edit, mass=False)
+    assert [r.mass for r in without.receipts] == [None] * 3
+    assert torch.equal(with_mass.logits, without.logits)
+    assert [r.changed for r in with_mass.receipts] == [r.changed for r in without.receipts]
+
+
+def test_edit_without_effect_has_mass_zero(rand, rx):
+    nothing = EdgeSet.of([], 1, rx.n_pos)
+    receipts = rand.run(rx, Knockout(nothing), strict=False).receipts
+    assert [(r.changed, r.mass) for r in receipts] == [(0, 0.0)] * 3
+
+
+def test_receipts_print_as_a_table():
+    receipts = Receipts([Receipt("Knockout(...)", 2, 5, 4, 0.25, 0)])
+    lines = str(receipts).splitlines()
+    assert lines[0].split() == ["edit", "layer", "asked", "changed", "mass", "empty_rows"]
+    assert lines[1].split() == ["Knockout(...)", "2", "5", "4", "0.2500", "0"]
+    assert receipts.table().mass.tolist() == [0.25]
+    assert str(Receipts()) == "no edits, no receipts"

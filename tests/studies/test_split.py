@@ -1,0 +1,52 @@
+"""Splits: labels, regions and visibility against slow and plain definitions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from interp.datasets import scenes
+from interp.studies.split import Split
+
+
+def test_labels_are_the_majority_of_each_cell(splits):
+    _, test = splits
+    for image in (0, 5):
+        mask = scenes("test")[image].mask
+        for token in (0, 37, 99):
+            r, c = divmod(token, 10)
+            cell = mask[8 * r : 8 * r + 8, 8 * c : 8 * c + 8]
+            counts = np.bincount(cell.ravel(), minlength=10)
+            assert counts[test.labels[image, token]] == counts.max()
+            assert test.purity[image, token] == counts.max() / 64
+
+
+def test_regions_are_connected_and_of_one_class(splits):
+    _, test = splits
+    labels = test.labels[3].reshape(10, 10)
+    regions = test.regions[3].reshape(10, 10)
+    for r, c in np.ndindex(10, 9):
+        same_class = labels[r, c] == labels[r, c + 1]
+        assert (regions[r, c] == regions[r, c + 1]) == same_class
+    for region in np.unique(regions):
+        assert len(np.unique(labels[regions == region])) == 1
+
+
+def test_earlier_is_strictly_causal(splits):
+    _, test = splits
+    assert not test.earlier[0].diagonal().any()
+    assert test.earlier[0, 5, 4]
+    assert not test.earlier[0, 4, 5]
+
+
+def test_read_joins_batches_in_order(splits, tiny):
+    _, test = splits
+    states = test.read(["adapter.hook_out"])["adapter.hook_out"]
+    x = tiny.prepare(scenes("test")[9].image, "What is in the picture?")
+    alone = tiny.run(x, read="adapter.hook_out").tokens("adapter.hook_out")[0]
+    assert (states[9] - alone).abs().max() < 1e-5
+
+
+def test_more_images_than_there_are(tiny):
+    with pytest.raises(ValueError, match="which has 1000"):
+        Split.prepare(tiny, scenes("test"), 1001, "?")

@@ -1,0 +1,84 @@
+"""The whole study from the command line, on a few scenes: files, keys, determinism, refusals."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+from typer.testing import CliRunner
+
+from interp.cli import app
+from interp.probes import ProbeBank
+from interp.studies.study import KEYS
+
+SMALL = ["--n-probe", "30", "--n-test", "12"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "small"
+    done = CliRunner().invoke(app, ["study", "--out", str(out), *SMALL])
+    assert done.exit_code == 0, done.output
+    assert "report.html" in done.output
+    return out
+
+
+def test_summary_has_the_documented_keys(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert tuple(summary["findings"]) == KEYS
+    for finding in summary["findings"].values():
+        assert finding["low"] <= finding["estimate"] <= finding["high"]
+        assert isinstance(finding["holds"], bool)
+        assert finding["text"]
+        if finding["control"] is not None:
+            assert {"name", "estimate", "low", "high"} <= finding["control"].keys()
+    assert summary["n_test_images"] == 12
+
+
+def test_manifest_tells_how_to_do_it_again(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["arguments"]["n_probe"] == 30
+    assert len(manifest["fingerprints"]["model"]) == 64
+    assert {"torch", "transformers", "nnsight"} <= manifest["versions"].keys()
+    assert "probes.safetensors" in manifest["files"]
+
+
+def test_tables_and_probes_open(folder, tiny):
+    for name in ("stages", "knockout", "knockout_effect", "heads", "positions", "dose", "tokens"):
+        assert len(pd.read_parquet(folder / "tables" / f"{name}.parquet"))
+    assert list(ProbeBank.load(folder / "probes.safetensors").stages) == tiny.stages
+    with safe_open(folder / "probes.safetensors", "pt") as probes:
+        assert probes.metadata()
+
+
+def test_the_same_run_again_gives_the_same_bytes(folder, tmp_path):
+    done = CliRunner().invoke(app, ["study", "--out", str(tmp_path / "again"), *SMALL])
+    assert done.exit_code == 0, done.output
+    for file in [*sorted((folder / "tables").iterdir()), folder / "summary.json"]:
+        again = tmp_path / "again" / file.relative_to(folder)
+        assert again.read_bytes() == file.read_bytes(), file.name
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = CliRunner().invoke(app, ["study", "--out", str(tmp_path), *SMALL])
+    assert done.exit_code == 1
+    assert "thesis.tex" in done.output
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_missing_model_is_one_line_not_a_traceback(tmp_path):
+    done = CliRunner().invoke(app, ["study", "--model", "./nowhere", "--out", str(tmp_path / "x")])
+    assert done.exit_code == 1
+    assert "nowhere" in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "x").exists()
+
+
+def test_hooks_are_listed():
+    done = CliRunner().invoke(app, ["hooks", "tiny", "blocks.2.attn.hook_*"])
+    assert done.exit_code == 0
+    assert "blocks.2.attn.hook_pattern" in done.output
+    assert "batch head query key" in done.output
