@@ -76,7 +76,10 @@ def test_clean_run_in_bfloat16_is_plain_transformers():
 
 def test_loading_in_another_precision_casts_pictures_too(scene):
     model = MLLM.load("tiny", dtype=torch.bfloat16)
-    run = model.run(model.prepare(scene.image, "what is in the picture ?"))
+    x = model.prepare(scene.image, "what is in the picture ?")
+    run = model.run(x)
+    given = {name: tensor.dtype for name, tensor in model.to_device(x).items()}
+    assert (given["pixel_values"], given["input_ids"]) == (torch.bfloat16, torch.int64)
     assert run.logits.dtype == torch.bfloat16
     assert "bfloat16" in repr(model)
 
