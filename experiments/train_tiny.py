@@ -10,11 +10,9 @@ could write under a picture:
    in which ninth of the picture ("lake top left, forest centre"): binary cross-entropy on the mean
    of its tokens, which is one vector an image. Then it is frozen, and the adapter reads its layer
    `READ`.
-2. **Alignment** (`train_language`, the first `--projector-steps`). Projector and language model
-   learn together to answer questions in words, by next-token cross-entropy on the answers: which
-   classes are in the picture, and what lies along a row (see `tiny_questions`).
-3. **Language** (the remaining `--language-steps`). The same with the projector frozen, so that
-   whatever the alignment left out, the language model has to make up for.
+2. **Projector and language model** (`train_language`). They learn together to answer questions in
+   words, by next-token cross-entropy on the answers: which classes are in the picture, and what
+   lies along a row (see `tiny_questions`).
 
 No label of a patch is ever a target. No loss touches an image token's state: what the tokens come
 to hold, they hold because it helps to find words. That is what makes probing them a question.
@@ -171,21 +169,17 @@ def train_language(
     prefix: Tensor,
     *,
     steps: int,
-    projector_steps: int,
     rng: np.random.Generator,
     log: Log,
 ) -> None:
-    """Stages 2 and 3: answer the picture's question and `ROWS` of the rows' in words."""
+    """Stage 2: answer the picture's question and `ROWS` of the rows' in words."""
     projector = model.model.multi_modal_projector
     cycle = OneCycle([projector, model.model.language_model, model.lm_head], 2e-3, steps)
     for step, index in enumerate(batches(len(features), 16, steps, rng)):
-        if step == projector_steps:
-            projector.requires_grad_(False)
         asked = [[questions[i][k] for k in (0, *(1 + rng.permutation(GRID)[:ROWS]))] for i in index]
         loss = caption_loss(model, features[index], tq.pack(asked), prefix)
         cycle.step(loss)
         log("language", step, loss)
-    projector.requires_grad_(True)
 
 
 @torch.no_grad()
@@ -211,8 +205,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--scenes", type=int, default=9_000, help="train scenes to draw")
     parser.add_argument("--encoder-steps", type=int, default=450)
-    parser.add_argument("--projector-steps", type=int, default=700)
-    parser.add_argument("--language-steps", type=int, default=2_600, help="with the projector's")
+    parser.add_argument("--language-steps", type=int, default=2_600)
     return parser.parse_args()
 
 
@@ -249,7 +242,6 @@ def main() -> None:
         questions[:kept],
         prefix,
         steps=args.language_steps,
-        projector_steps=args.projector_steps,
         rng=rng,
         log=log,
     )

@@ -59,8 +59,24 @@ class EditHadNoEffect(InterpError, RuntimeError):
     """An edit that changed nothing: nearly always a mistake, so it is not let through."""
 
 
+class Untestable(InterpError, ValueError):
+    """A claim on which this model and these images give nothing to test."""
+
+
 class FolderInUse(InterpError, FileExistsError):
     """An output folder that holds something this run did not write."""
+
+
+class RunNotFound(InterpError, FileNotFoundError):
+    """A folder that is no finished run, or a file that the run did not write."""
+
+
+class RunDamaged(InterpError, ValueError):
+    """A run folder whose files are not those that its manifest names."""
+
+
+class TableError(InterpError, ValueError):
+    """A run's table or summary that lacks what the report is drawn from."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

@@ -37,42 +37,33 @@ The manifest holds no path of the machine, no host name and nothing from the env
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
-import platform
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from importlib import metadata
 from io import BytesIO
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from interp import __version__
-from interp.errors import FolderInUse, InterpError, nearest
+from interp.errors import FolderInUse, RunDamaged, RunNotFound, nearest
+from interp.manifest import (
+    IDENTITY,
+    describe,
+    file_fingerprint,
+    jsonable,
+    read_manifest,
+    versions,
+    without_paths,
+    write_whole,
+)
 
 MANIFEST = "manifest.json"
 PARTIAL = "manifest.partial.json"
-PACKAGES = (
-    "torch", "transformers", "nnsight", "transformer-lens", "numpy", "scikit-learn", "plotly",
-)  # fmt: skip
-"""The packages whose versions a manifest records."""
-
-_IDENTITY = ("model", "data")
 _RESERVED = ("kind", "interp", "versions", "arguments", "started", "duration_seconds", "files")
-
-
-class RunNotFound(InterpError, FileNotFoundError):
-    """A folder that is no finished run, or a file that the run did not write."""
-
-
-class RunDamaged(InterpError, ValueError):
-    """A run folder whose files are not those that its manifest names."""
 
 
 class RunFolder:
@@ -115,8 +106,8 @@ class RunFolder:
         manifest = {
             "kind": kind,
             "interp": __version__,
-            "versions": _versions(),
-            "arguments": _without_paths(jsonable(dict(arguments or {}), "arguments")),
+            "versions": versions(),
+            "arguments": without_paths(jsonable(dict(arguments or {}), "arguments")),
             "started": datetime.now(UTC).isoformat(timespec="seconds"),
         }
         if path.exists() and not path.is_dir():
@@ -137,7 +128,7 @@ class RunFolder:
             RunNotFound: there is no such folder, or it holds no finished run.
         """
         path = Path(path)
-        manifest = _read_manifest(path / MANIFEST)
+        manifest = read_manifest(path / MANIFEST)
         if manifest is None:
             why = (
                 "the run in it was not finished: start it again with the same --out"
@@ -163,7 +154,7 @@ class RunFolder:
         """Add facts to the manifest: `folder.note(seed=0, fingerprints={"model": ...})`."""
         if wrong := sorted(set(facts) & set(_RESERVED)):
             raise ValueError(f"{', '.join(wrong)}: the manifest fills in these keys itself")
-        self.manifest |= _without_paths(jsonable(facts, MANIFEST))
+        self.manifest |= without_paths(jsonable(facts, MANIFEST))
 
     # -- writing ---------------------------------------------------------------------------
 
@@ -184,7 +175,7 @@ class RunFolder:
         temporary = target.with_name(f".writing-{target.name}")
         try:
             yield temporary
-            record = _fingerprint(temporary)
+            record = file_fingerprint(temporary)
             if name not in self._files:
                 # Named before it is there: a file without an owner could never be replaced.
                 self._files[name] = record
@@ -240,7 +231,7 @@ class RunFolder:
         self._write_manifest()
         for name, record in self._before.items():
             stale = self.path / name
-            if name not in self._files and stale.is_file() and _fingerprint(stale) == record:
+            if name not in self._files and stale.is_file() and file_fingerprint(stale) == record:
                 stale.unlink()
         (self.path / PARTIAL).unlink(missing_ok=True)
         return self.manifest
@@ -282,7 +273,7 @@ class RunFolder:
             file = self.path / name
             if not file.is_file():
                 wrong.append(f"{name} is missing")
-            elif _fingerprint(file) != record:
+            elif file_fingerprint(file) != record:
                 wrong.append(f"{name} is not the file that was written")
         if wrong:
             raise RunDamaged(f"{self.path}: {'; '.join(wrong)}")
@@ -295,8 +286,8 @@ class RunFolder:
 
     def _admit(self) -> dict[str, Any]:
         """Files of the run that was here before, if the new one may have the folder."""
-        old = _read_manifest(self.path / MANIFEST)
-        partial = _read_manifest(self.path / PARTIAL)
+        old = read_manifest(self.path / MANIFEST)
+        partial = read_manifest(self.path / PARTIAL)
         there = partial or old
         if not self._overwrite and (there is None or not self._same_run(there)):
             names = sorted(p.name for p in self.path.iterdir())
@@ -304,7 +295,7 @@ class RunFolder:
             what = (
                 f"no run of interp (it holds {held})"
                 if there is None
-                else f"a {_describe(there)} (it holds {held}), not a {_describe(self.manifest)}"
+                else f"a {describe(there)} (it holds {held}), not a {describe(self.manifest)}"
             )
             raise FolderInUse(
                 f"{self.path} holds {what}: give another --out, or --overwrite to replace it"
@@ -314,7 +305,7 @@ class RunFolder:
     def _same_run(self, other: dict[str, Any]) -> bool:
         return other.get("kind") == self.manifest["kind"] and all(
             other.get("arguments", {}).get(key) == self.manifest["arguments"].get(key)
-            for key in _IDENTITY
+            for key in IDENTITY
         )
 
     def _place(self, name: str) -> Path:
@@ -336,7 +327,7 @@ class RunFolder:
         """Note what this run owns; only until `finish`, which writes the real manifest."""
         if not self._finished:
             files = {**self._before, **self._files}
-            _write_whole(self.path / PARTIAL, {**self.manifest, "files": files})
+            write_whole(self.path / PARTIAL, {**self.manifest, "files": files})
 
     def _write_manifest(self) -> None:
         order = ("kind", "interp", "versions", "seed", "arguments", "fingerprints", "started",
@@ -345,81 +336,4 @@ class RunFolder:
         known = {key: self.manifest[key] for key in order if key in self.manifest}
         rest = {k: v for k, v in self.manifest.items() if k not in known and k != "files"}
         self.manifest = {**known, **rest, "files": self.manifest_files}
-        _write_whole(self.path / MANIFEST, self.manifest)
-
-
-def jsonable(data: Any, at: str = "") -> Any:
-    """`data` as plain JSON values; `at` is its key path, for the error messages.
-
-    NumPy numbers and arrays become plain ones, and so does whatever has an `as_dict()`, such as
-    an `Interval`. A nan is refused rather than written: JSON has none, and a reader in another
-    language would stumble over it long after the run that could tell why.
-
-    >>> jsonable({"recovery": {"low": float("nan")}}, "summary.json")
-    Traceback (most recent call last):
-    ValueError: summary.json.recovery.low is nan: write null, or leave the key out
-    """
-    if hasattr(data, "as_dict"):
-        data = data.as_dict()
-    if isinstance(data, np.ndarray | np.generic):
-        data = data.tolist()
-    if isinstance(data, Mapping):
-        if odd := [key for key in data if not isinstance(key, str)]:
-            raise TypeError(f"{at}: the key {odd[0]!r} is no text, and JSON knows no other keys")
-        return {key: jsonable(value, f"{at}.{key}") for key, value in data.items()}
-    if isinstance(data, list | tuple | range):
-        return [jsonable(value, f"{at}[{i}]") for i, value in enumerate(data)]
-    if isinstance(data, float) and not math.isfinite(data):
-        raise ValueError(f"{at} is {data}: write null, or leave the key out")
-    if data is None or isinstance(data, str | bool | int | float):
-        return data
-    if isinstance(data, PurePath):
-        return str(data)
-    raise TypeError(f"{at} is a {type(data).__name__}, which JSON has no word for")
-
-
-def _write_whole(path: Path, data: dict[str, Any]) -> None:
-    temporary = path.with_name(f".writing-{path.name}")
-    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
-
-
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    """A manifest, or None if there is none or if it is not one of ours."""
-    try:
-        data = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return data if isinstance(data, dict) and {"kind", "files"} <= set(data) else None
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    data = path.read_bytes()
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def _describe(manifest: dict[str, Any]) -> str:
-    arguments = manifest.get("arguments", {})
-    of = ", ".join(f"{key} {arguments[key]}" for key in _IDENTITY if key in arguments)
-    return f"{manifest['kind']} of {of}" if of else str(manifest["kind"])
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def _without_paths(data: Any) -> Any:
-    """Absolute paths shortened to their last part and a hash that still tells them apart."""
-    if isinstance(data, dict):
-        return {key: _without_paths(value) for key, value in data.items()}
-    if isinstance(data, list):
-        return [_without_paths(value) for value in data]
-    if isinstance(data, str) and (PurePath(data).is_absolute() or data.startswith("~")):
-        return f"{PurePath(data).name} (path {hashlib.sha256(data.encode()).hexdigest()[:8]})"
-    return data
+        write_whole(self.path / MANIFEST, self.manifest)

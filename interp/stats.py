@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -142,10 +143,12 @@ def bootstrap(
     return Interval(float(values[0]), float(low), float(high))
 
 
+@lru_cache(maxsize=8)  # a study asks for the same draws some hundred times
 def _draws(n_images: int, n_boot: int, seed: int) -> Array:
     """How often each image is drawn, [1 + n_boot, n_images]; row 0 draws each once."""
     rng = np.random.default_rng(seed)
     weights = np.ones((1 + n_boot, n_images))
     for row in weights[1:]:
         row[:] = np.bincount(rng.integers(n_images, size=n_images), minlength=n_images)
+    weights.flags.writeable = False
     return weights

@@ -27,7 +27,8 @@ def test_the_script_for_ones_own_pictures_runs_on_the_bundled_model(tmp_path):
     from interp.datasets import scenes
 
     data = scenes("test")
-    script = SCRIPTS[3].replace('"llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda"', '"tiny"')
+    large = '"llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda"'
+    script = SCRIPTS[3].replace(large, '"tiny"')
     script = script.replace("blocks.16", "blocks.4")
     for i, name in enumerate(("beach.jpg", "street.jpg")):
         data[i].image.save(tmp_path / name)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from interp.errors import FolderInUse
-from interp.runs import MANIFEST, PARTIAL, RunDamaged, RunFolder, RunNotFound
+from interp.errors import FolderInUse, RunDamaged, RunNotFound
+from interp.runs import MANIFEST, PARTIAL, RunFolder
 from interp.stats import Interval
 
 ARGUMENTS = {"model": "tiny", "data": "scenes", "n": 300}

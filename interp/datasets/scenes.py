@@ -11,9 +11,9 @@ situation in which a model has to move meaning between image tokens:
   scikit-learn's `load_digits`): digit k is written in regions of class k, and nowhere else.
 - **A tint holds a region together.** Every region gets a random shift of colour, unrelated to
   its class. It says "these patches belong together" and nothing more.
-- **In half of the regions the marks lie in the lower part only.** A reader that goes through the
-  patches in raster order, as a causal language model does, reaches the upper patches of such a
-  region before the first mark that could tell what they are.
+
+A reader that goes through the patches in raster order, as a causal language model does, reaches
+the upper patches of a region before the first mark that could tell what they are.
 
 Three splits never share a digit sample: a model is trained on `train`, probes are fitted on
 `probe`, figures are reported on `test`. A scene is a pure function of its split and index, and
@@ -60,9 +60,7 @@ SEED = 20260317
 SPLITS: dict[str, int] = {"train": 9_000, "probe": 1_000, "test": 1_000}
 """The splits and how many scenes each holds."""
 
-MARK_DENSITY = 0.12  # share of a region's pure cells that carry a digit (at least one does)
-LOW_SHARE = 0.5  # share of the regions whose marks lie in their lower part only
-LOW_PART = 0.4  # ... which is this share of the region's pure cells, from the bottom
+MARK_DENSITY = 0.15  # share of a region's pure cells that carry a digit (at least one does)
 MIN_PURE = 5  # pure cells that a region needs, or the scene's borders are drawn anew
 TINT = 38.0  # largest shift of a colour channel by a region's tint
 TINT_GAP = 30.0  # smallest RGB distance between the tints of two regions of a scene
@@ -122,7 +120,7 @@ class Scenes(Sequence[Scene]):
 
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the recipe, the indices, and the first scenes' pixels and masks."""
-        recipe = (SEED, SPLITS, MARK_DENSITY, LOW_SHARE, LOW_PART, MIN_PURE, TINT, TINT_GAP)
+        recipe = (SEED, SPLITS, MARK_DENSITY, MIN_PURE, TINT, TINT_GAP)
         digest = hashlib.sha256(repr((self.split, self._indices, recipe, CLASSES)).encode())
         for scene in self[:4]:
             digest.update(np.asarray(scene.image).tobytes())
@@ -224,9 +222,6 @@ def _choose_marks(
     """[n_marks, 2] grid cells of a region that get a digit."""
     pure = _pure_cells(regions, region)
     n_marks = max(1, round(MARK_DENSITY * len(pure)))
-    if rng.random() < LOW_SHARE:
-        n_low = max(n_marks, round(LOW_PART * len(pure)))
-        pure = pure[-n_low:]  # raster order: the last ones are the lowest
     return pure[rng.permutation(len(pure))[:n_marks]]
 
 

@@ -15,7 +15,6 @@ A report is a view, never a source: everything it shows is read from the folder'
 from __future__ import annotations
 
 from interp.report.page import write_report
-from interp.report.tables import TableError
 from interp.report.text import findings_table
 
-__all__ = ["TableError", "findings_table", "write_report"]
+__all__ = ["findings_table", "write_report"]

@@ -96,7 +96,7 @@ def _finding(name: str, summary: Summary) -> dict[str, Any]:
         "control_name": (control or {}).get("name", "control"),
         "holds": finding["holds"],
         "verdict": verdict(finding),
-        "forest": Markup(_forest(finding, control)),
+        "forest": "" if finding["estimate"] is None else Markup(_forest(finding, control)),
     }
 
 

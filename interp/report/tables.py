@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from interp.errors import InterpError, nearest
+from interp.errors import TableError, nearest
 from interp.runs import RunFolder
 
 _INTERVAL = ("estimate", "low", "high")
@@ -46,10 +46,6 @@ FINDING_KEYS = (*_INTERVAL, "control", "holds", "text")
 
 Tables = Mapping[str, pd.DataFrame]
 Summary = Mapping[str, Any]
-
-
-class TableError(InterpError, ValueError):
-    """A table or summary that lacks something the page must show."""
 
 
 def records(rows: pd.DataFrame) -> list[dict[str, Any]]:

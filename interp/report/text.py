@@ -53,7 +53,7 @@ def unit_of(name: str, finding: Mapping[str, Any]) -> str:
 
 def interval_text(interval: Mapping[str, float] | None, unit: str) -> str:
     """An estimate with its interval and unit; a dash where there is none."""
-    if interval is None:
+    if interval is None or interval["estimate"] is None:
         return DASH
     values = [interval[key] for key in ("estimate", "low", "high")]
     if unit == "points":
@@ -80,6 +80,19 @@ def typeset(text: str) -> str:
 def verdict(finding: Mapping[str, Any]) -> str:
     """ "holds" or "does not hold"."""
     return "holds" if finding["holds"] else "does not hold"
+
+
+def markdown_table(summary: Mapping[str, Any]) -> str:
+    """The same table in Markdown, as the README holds it."""
+    lines = ["| finding | estimate | control | holds |", "|---|---|---|---|"]
+    for name in ordered(summary["findings"]):
+        finding = summary["findings"][name]
+        unit, control = unit_of(name, finding), finding["control"]
+        against = f"{interval_text(control, unit)} ({control['name']})" if control else DASH
+        holds = "yes" if finding["holds"] else "no"
+        cells = (title_of(name, finding), interval_text(finding, unit), against, holds)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def findings_table(summary: Mapping[str, Any]) -> Table:

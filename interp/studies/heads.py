@@ -31,6 +31,7 @@ from interp.studies.result import Finding, Result, percent
 from interp.studies.split import Progress
 
 GROUPS = ("same-region correct", "same-region wrong", "other regions", "text and BOS", "self")
+TITLE = "A few heads carry it"
 N_TOP = 4
 N_DRAWS = 10
 
@@ -67,9 +68,7 @@ def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) ->
         f"misclassified tokens; cutting the anchors' edges in them alone removes {percent(top)} of "
         f"the recovery, in {N_TOP} random heads {percent(control)}."
     )
-    finding = Finding(
-        "A few heads carry it", top, control, f"{N_TOP} random heads", holds, text, unit="share"
-    )
+    finding = Finding(TITLE, top, control, f"{N_TOP} random heads", holds, text, unit="share")
     figures = {"top_heads_margin_share": top_share, "heads_beyond_random": beyond}
     return Result(finding, tables, figures)
 

@@ -31,12 +31,14 @@ import torch
 
 from interp.edges import EdgeSet
 from interp.edits import Knockout, MaskEdit, Unmask
+from interp.errors import Untestable
 from interp.probes.metrics import confusion
 from interp.stats import Interval, bootstrap, ratio
 from interp.studies.recovery import Baseline
 from interp.studies.result import Finding, Result, difference, percent, rate
 from interp.studies.split import Progress, Split
 
+TITLE = "Correct neighbours cause it"
 ANCHORS = "correct -> wrong"
 MATCHED = "random image tokens"
 MIN_CONFUSION = 0.1
@@ -77,7 +79,7 @@ def knockout(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None)
     test = base.test
     queries, anchors = anchor_edges(base)
     if not queries.any():
-        raise ValueError(
+        raise Untestable(
             f"no token of {test.name} is taken for a conflicting class and has an anchor: no class "
             f"pair is confused at least {MIN_CONFUSION:.0%} both ways, so there is nothing to cut"
         )
@@ -128,7 +130,7 @@ def knockout(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None)
         f"edges remove {percent(shares[MATCHED])}."
     )
     finding = Finding(
-        "Correct neighbours cause it",
+        TITLE,
         shares[ANCHORS],
         shares[MATCHED],
         "as many random edges",
@@ -158,6 +160,11 @@ def share_gone(
 ) -> Interval:
     """1 - accuracy under the cut / accuracy clean, over the queries."""
     kept, all_ = (cut & queries).sum(1), (clean & queries).sum(1)
+    if not all_.any():
+        raise Untestable(
+            f"none of {int(queries.sum())} misclassified tokens is right at the end, so there is "
+            "no recovery to remove"
+        )
     return bootstrap(lambda k, a: 1 - ratio(k, a), kept, all_, seed=seed)
 
 

@@ -7,7 +7,6 @@ not hold says so in its text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ class Finding:
 
     Attributes:
         title: the claim in a few words.
-        effect: the estimate with its interval.
+        effect: the estimate with its interval; None if there was nothing to test.
         control: the same of the control, if there is one.
         control_name: what the control was.
         holds: whether the evidence is there.
@@ -32,7 +31,7 @@ class Finding:
     """
 
     title: str
-    effect: Interval
+    effect: Interval | None
     control: Interval | None
     control_name: str
     holds: bool
@@ -42,9 +41,10 @@ class Finding:
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `summary.json`."""
         control = None if self.control is None else self.control.as_dict()
+        nothing = {"estimate": None, "low": None, "high": None}
         return {
             "title": self.title,
-            **self.effect.as_dict(),
+            **(nothing if self.effect is None else self.effect.as_dict()),
             "control": None if control is None else {"name": self.control_name, **control},
             "holds": self.holds,
             "unit": self.unit,
@@ -61,6 +61,11 @@ class Result:
     figures: dict[str, Interval] = field(default_factory=dict)
 
 
+def untestable(title: str, why: str) -> Result:
+    """The result of a claim that could not be tested."""
+    return Result(Finding(title, None, None, "", False, f"Not testable here: {why}"), {})
+
+
 Counts = tuple[np.ndarray, np.ndarray]  # per image: hits, and among how many
 
 
@@ -72,11 +77,6 @@ def rate(counts: Counts, seed: int) -> Interval:
 def difference(a: Counts, b: Counts, seed: int) -> Interval:
     """Share of `a` minus share of `b`, paired over images."""
     return bootstrap(lambda x, n, y, m: ratio(x, n) - ratio(y, m), *a, *b, seed=seed)
-
-
-def rows(intervals: Mapping[Any, Interval], **columns: Any) -> list[dict[str, Any]]:
-    """Table rows from intervals: the key is itself a dict of columns, or goes to `name`."""
-    return [{"name": key, **columns, **interval.as_dict()} for key, interval in intervals.items()]
 
 
 def points(interval: Interval) -> str:

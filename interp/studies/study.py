@@ -22,14 +22,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from interp.datasets import scenes
 from interp.edits import Knockout
+from interp.errors import Untestable
 from interp.model import MLLM
 from interp.report import write_report
 from interp.runs import RunFolder
+from interp.studies import heads as heads_study
+from interp.studies import knockout as knockout_study
 from interp.studies.bidirectional import bidirectional, opened
-from interp.studies.heads import heads
-from interp.studies.knockout import anchor_edges, knockout
 from interp.studies.recovery import Baseline, recovery
-from interp.studies.result import Result
+from interp.studies.result import Result, untestable
 from interp.studies.split import Split
 
 QUESTION = "What is in the picture?"
@@ -96,8 +97,14 @@ def study(
         base, results = recovery(
             probe, test, test_data.classes, seed=a.seed, on_batch=step("1 recovery", 2 * both)
         )
-        results.append(knockout(base, seed=a.seed, on_batch=step("2 knockout", None)))
-        results.append(heads(base, seed=a.seed, on_batch=step("3 heads", None)))
+        for name, title, claim in (
+            ("2 knockout", knockout_study.TITLE, knockout_study.knockout),
+            ("3 heads", heads_study.TITLE, heads_study.heads),
+        ):
+            try:
+                results.append(claim(base, seed=a.seed, on_batch=step(name, None)))
+            except Untestable as why:
+                results.append(untestable(title, str(why)))
         results.append(bidirectional(base, seed=a.seed, on_batch=step("4 bidirectional", both)))
 
     summary = _summary(base, results, arguments, test_data)
@@ -150,7 +157,7 @@ def _summary(
 def _tokens(base: Baseline) -> pd.DataFrame:
     """What the probes say of every token of the first scenes: before, after, cut, opened."""
     test, n = base.test, min(N_PICTURES, len(base.test))
-    _, anchors = anchor_edges(base)
+    _, anchors = knockout_study.anchor_edges(base)
     edges = test.edges(anchors)
     said = {
         "adapter": base.predicted[base.reference],

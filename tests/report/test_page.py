@@ -14,11 +14,12 @@ import pytest
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
-from interp.report import TableError, write_report
+from interp.errors import RunNotFound, TableError
+from interp.report import write_report
 from interp.report.figures import FIGURES
 from interp.report.pictures import MAX_SIDE, strips
 from interp.report.tables import COLUMNS, load_summary, load_tables
-from interp.runs import RunFolder, RunNotFound
+from interp.runs import RunFolder
 from tests.report.synthetic import summary, tables, write_folder
 
 
