@@ -116,14 +116,19 @@ def bool_mask(mask: Tensor | None, query: Tensor, key: Tensor, is_causal: bool) 
     """The mask a layer truly uses, `[batch or 1, 1 or head, query, key]` bool, True = may attend.
 
     None means what SDPA makes of it: causal by flag (aligned at the first key), or everything.
+    """
+    if mask is not None:
+        return as_bool(mask)
+    full = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    return (full.tril() if is_causal and query.shape[2] > 1 else full)[None, None]
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    """A mask as bool, whether it came as bool or as the "0 or minus infinity" of eager attention.
 
     Raises:
-        TypeError: a float mask with values other than 0 and "minus infinity", which no boolean
-            can express.
+        TypeError: a float mask with other values, which no boolean can express.
     """
-    if mask is None:
-        full = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
-        return (full.tril() if is_causal and query.shape[2] > 1 else full)[None, None]
     if mask.dtype == torch.bool:
         return mask
     closed = mask <= torch.finfo(mask.dtype).min / 2

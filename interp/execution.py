@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from interp.attention import bool_mask
-from interp.edits.masks import MaskBook, MaskEdit
+from interp.attention import as_bool
+from interp.edits.masks import Effect, MaskBook, MaskEdit
 from interp.edits.receipts import Receipt, Receipts, attention_mass
 from interp.errors import EditHadNoEffect, NotRead, nearest
 from interp.hooks import canonical
@@ -74,9 +74,13 @@ class Run:
         return self.image_tokens(canonical(name), self[name], self.grid)
 
 
+#: a step just before the value at a rank is made, and one just after the reads there
+BEFORE, AFTER = -0.5, 0.5
+
+
 @dataclass
 class Step:
-    """One thing to do at one place of the forward pass."""
+    """One thing to do at one place of the forward pass; ranks are `Vocabulary.rank`'s."""
 
     rank: float
     act: Callable[[], None]
@@ -110,7 +114,7 @@ def execute(
         )
         for layer in range(model.cfg.n_layers):
             if book.at(layer):
-                steps += _mask_steps(model, book, layer, receipts, mass)
+                steps += _LayerMask(model, book, layer, receipts, mass).steps()
     steps.sort(key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
     nn, tensors = model.nn, model.to_device(x)
@@ -164,64 +168,61 @@ def _value_steps(
     return [step(name, edits, name in wanted) for name, edits in by_name.items()]
 
 
-def _mask_steps(
-    model: MLLM, book: MaskBook, layer: int, receipts: list[Receipt], mass: bool
-) -> list[Step]:
-    """Put the edited mask in before the layer's attention, and write the receipts after it."""
-    attention = model.envoy(model.family.block_path(layer, "attn"))
-    prefix = f"blocks.{layer}.attn"
-    scaling = float(attention._module.scaling)
-    effects: list[Any] = []
-    query: list[Tensor] = []
+class _LayerMask:
+    """The mask edits of one layer during a run: put the mask in, then write the receipts."""
 
-    def edit() -> None:
-        args, kwargs = attention.inputs
+    def __init__(
+        self, model: MLLM, book: MaskBook, layer: int, receipts: list[Receipt], mass: bool
+    ) -> None:
+        self.model, self.book, self.layer, self.receipts = model, book, layer, receipts
+        self.mass = mass
+        self.attention = model.envoy(model.family.block_path(layer, "attn"))
+        self.prefix = f"blocks.{layer}.attn"
+        self.effects: list[Effect] = []
+
+    def steps(self) -> list[Step]:
+        """In at the attention module's input; receipts where queries and keys are at hand."""
+        rank = self.model.hooks.rank
+        steps = [Step(rank(f"{self.prefix}.hook_q") + BEFORE, self.put_in)]
+        if self.mass:
+            steps.append(Step(rank(f"{self.prefix}.hook_rot_q") + AFTER, self.keep_query))
+            steps.append(Step(rank(f"{self.prefix}.hook_rot_k") + AFTER, self.weigh))
+        return steps
+
+    def put_in(self) -> None:
+        args, kwargs = self.attention.inputs
         base = kwargs.get("attention_mask")
-        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        if base is None:
-            base = book.causal(hidden.device)
-        else:
-            base = bool_mask(base, hidden[:, None], hidden[:, None], True)
-        mask, found = book.mask(base, layer)
-        effects.extend(found)
-        attention.inputs = (args, {**kwargs, "attention_mask": mask})
-        if not mass:
-            write(None)
+        base = self.book.causal(self.model.device) if base is None else as_bool(base)
+        mask, self.effects = self.book.mask(base, self.layer)
+        self.attention.inputs = (args, {**kwargs, "attention_mask": mask})
+        if not self.mass:
+            for effect in self.effects:
+                self.write(effect, None)
 
-    def keep_query() -> None:
-        query.append(model.hook(f"{prefix}.hook_rot_q").output)
+    def keep_query(self) -> None:
+        self.query = self.model.hook(f"{self.prefix}.hook_rot_q").output
 
-    def write(key: Tensor | None) -> None:
-        for number, effect in zip(book.at(layer), effects, strict=True):
-            done = book.edits[number]
-            share = None
-            if key is not None:
-                share = attention_mass(
-                    query[0],
-                    key,
-                    scaling=scaling,
-                    mask=effect.after if done.opens else effect.before,
-                    edges=effect.edges,
-                    heads=done.heads,  # type: ignore[arg-type]
-                )
-            receipts.append(
-                Receipt(
-                    edit=repr(done),
-                    layer=layer,
-                    asked=len(done.edges),
-                    changed=effect.changed,
-                    mass=share,
-                    empty_rows=effect.empty_rows,
-                )
+    def weigh(self) -> None:
+        key = self.model.hook(f"{self.prefix}.hook_rot_k").output
+        for effect in self.effects:
+            share = attention_mass(
+                self.query,
+                key,
+                scaling=float(self.attention._module.scaling),
+                mask=effect.after if effect.edit.opens else effect.before,
+                edges=effect.edges,
+                heads=effect.edit.heads,  # type: ignore[arg-type]
             )
+            self.write(effect, share)
 
-    steps = [Step(model.hooks.rank(f"{prefix}.hook_q") - 0.5, edit)]
-    if mass:
-        steps.append(Step(model.hooks.rank(f"{prefix}.hook_rot_q") + 0.1, keep_query))
-        steps.append(
-            Step(
-                model.hooks.rank(f"{prefix}.hook_rot_k") + 0.1,
-                lambda: write(model.hook(f"{prefix}.hook_rot_k").output),
+    def write(self, effect: Effect, share: float | None) -> None:
+        self.receipts.append(
+            Receipt(
+                edit=repr(effect.edit),
+                layer=self.layer,
+                asked=len(effect.edit.edges),
+                changed=effect.changed,
+                mass=share,
+                empty_rows=effect.empty_rows,
             )
         )
-    return steps

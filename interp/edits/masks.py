@@ -152,6 +152,7 @@ def _index(value: Any, name: str) -> int:
 class Effect:
     """What one edit does to the mask of one set of layers."""
 
+    edit: MaskEdit
     changed: int  # mask entries (row, dst, src) that the edit flips in the heads it names
     edges: Tensor  # [batch, query, key] bool: those entries
     before: Tensor  # the mask as the edit found it
@@ -263,4 +264,4 @@ class MaskBook:
                 f"is position {dst} of row {row}; keep an edge (say, to itself), or pass "
                 "allow_empty_rows=True, and their attention output is zero"
             )
-        return Effect(int(flipped.sum()), flipped, mask, after, int(empty.sum()))
+        return Effect(edit, int(flipped.sum()), flipped, mask, after, int(empty.sum()))
