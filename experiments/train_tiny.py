@@ -6,10 +6,10 @@ The model is a LLaVA in miniature: a CLIP vision encoder, a two-layer projector,
 are trained one after the other, as its big sisters' are, and only ever on words that a person
 could write under a picture:
 
-1. **Encoder** (`train_encoder`). It learns the words of a caption that says which classes appear
-   in which ninth of the picture ("lake top left, forest centre"): binary cross-entropy on the mean
-   of its tokens, which is one vector an image. Then it is frozen, and the adapter reads its layer
-   `READ`.
+1. **Encoder** (`train_encoder`). It learns the words of a caption: the kind of land in each ninth
+   of the picture ("water top left, woods in the centre") and the names of the classes that the
+   picture holds ("sea, lake, forest"). Binary cross-entropy on the mean of its tokens, which is
+   one vector an image. Then it is frozen, and the adapter reads its layer `READ`.
 2. **Projector and language model** (`train_language`). They learn together to answer questions in
    words, by next-token cross-entropy on the answers: which classes are in the picture, and what
    lies along a row (see `tiny_questions`).
@@ -44,21 +44,29 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import tiny_questions as tq
 from tiny_model import READ, build_model, pixels_of, save
 
-from interp.datasets.scenes import CLASSES, GRID, SIZE, scenes
+from interp.datasets.scenes import CLASSES, GRID, SIBLINGS, SIZE, scenes
 
 ROWS = 6  # row captions asked for of a picture each time it comes up
 HELD_OUT = 256  # train scenes kept aside to compare seeds by their caption loss
 
 
-def ninths(mask: NDArray[np.uint8]) -> Tensor:
-    """[90] which class appears in which ninth of the picture: what the encoder is asked."""
+N_WORDS = 9 * len(SIBLINGS) + len(CLASSES)
+
+
+def caption_words(mask: NDArray[np.uint8]) -> Tensor:
+    """[55] which words a caption of the picture has: what the encoder is asked.
+
+    The kind of land (water, woods, grass, sand, white: the sibling pairs) in each ninth of the
+    picture, and the names of the classes of the whole picture.
+    """
     edges = np.linspace(0, SIZE, 4).round().astype(int)
-    present = np.zeros((9, len(CLASSES)), np.float32)
+    words = np.zeros((9, len(SIBLINGS)), np.float32)
     for i in range(9):
         r, c = divmod(i, 3)
         part = mask[edges[r] : edges[r + 1], edges[c] : edges[c + 1]]
-        present[i] = np.bincount(part.ravel(), minlength=len(CLASSES)) >= 40
-    return torch.from_numpy(present.ravel())
+        words[i] = np.bincount(part.ravel() // 2, minlength=len(SIBLINGS)) >= 40
+    names = np.bincount(mask.ravel(), minlength=len(CLASSES)) > 0
+    return torch.from_numpy(np.concatenate([words.ravel(), names.astype(np.float32)]))
 
 
 class Log:
@@ -119,18 +127,18 @@ def batches(n: int, size: int, steps: int, rng: np.random.Generator) -> Iterator
 def train_encoder(
     vision: CLIPVisionModel,
     pixels: Tensor,
-    present: Tensor,
+    words: Tensor,
     *,
     steps: int,
     rng: np.random.Generator,
     log: Log,
 ) -> None:
     """Stage 1: the words of a caption, from the mean of the encoder's tokens."""
-    head = nn.Linear(vision.config.hidden_size, present.shape[1]).to(pixels.device)
+    head = nn.Linear(vision.config.hidden_size, words.shape[1]).to(pixels.device)
     cycle = OneCycle([vision, head], 1e-3, steps)
     for step, index in enumerate(batches(len(pixels), 64, steps, rng)):
         tokens = vision(pixels[index]).last_hidden_state[:, 1:]
-        loss = binary_cross_entropy_with_logits(head(tokens.mean(1)), present[index])
+        loss = binary_cross_entropy_with_logits(head(tokens.mean(1)), words[index])
         cycle.step(loss)
         log("encoder", step, loss)
 
@@ -205,7 +213,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--scenes", type=int, default=9_000, help="train scenes to draw")
     parser.add_argument("--encoder-steps", type=int, default=450)
-    parser.add_argument("--language-steps", type=int, default=2_600)
+    parser.add_argument("--language-steps", type=int, default=2_000)
     return parser.parse_args()
 
 
@@ -226,14 +234,14 @@ def main() -> None:
     print(f"drawing {len(drawn)} scenes", flush=True)
     questions = []
     pixels = torch.empty(len(drawn), 3, SIZE, SIZE)
-    present = torch.empty(len(drawn), 9 * len(CLASSES))
+    words = torch.empty(len(drawn), N_WORDS)
     for i, scene in enumerate(drawn):
         pixels[i] = pixels_of(scene.image)
-        present[i] = ninths(scene.mask)
+        words[i] = caption_words(scene.mask)
         questions.append(tq.questions_of(scene, tokenizer))
-    pixels, present = pixels.to(args.device), present.to(args.device)
+    pixels, words = pixels.to(args.device), words.to(args.device)
 
-    train_encoder(vision, pixels[:kept], present[:kept], steps=args.encoder_steps, rng=rng, log=log)
+    train_encoder(vision, pixels[:kept], words[:kept], steps=args.encoder_steps, rng=rng, log=log)
     # Frozen for good, so its output is computed once and not once a step.
     features = encode(vision, pixels)
     train_language(

@@ -142,6 +142,11 @@ def knockout(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None)
     return Result(finding, tables, figures)
 
 
+def passes(n_layers: int) -> int:
+    """How often `knockout` goes over the test images: cuts, windows, probe-free version."""
+    return 7 + len(windows(n_layers)) + 2
+
+
 def anchor_edges(base: Baseline) -> tuple[np.ndarray, np.ndarray]:
     """The queries `[n_images, tokens]` and the edges from their anchors `[n_images, dst, src]`."""
     test = base.test

@@ -88,7 +88,7 @@ def study(
         test = Split.prepare(model, test_data, a.n_test, a.question, batch_size=a.batch_size)
         bars.advance(prepare)
 
-        def step(name: str, n_images: int | None) -> Callable[[int], None]:
+        def step(name: str, n_images: int) -> Callable[[int], None]:
             task = bars.add_task(name, total=n_images)
             return lambda n: bars.advance(task, n)
 
@@ -97,14 +97,15 @@ def study(
         base, results = recovery(
             probe, test, test_data.classes, seed=a.seed, on_batch=step("1 recovery", 2 * both)
         )
-        for name, title, claim in (
-            ("2 knockout", knockout_study.TITLE, knockout_study.knockout),
-            ("3 heads", heads_study.TITLE, heads_study.heads),
+        for name, module, claim in (
+            ("2 knockout", knockout_study, knockout_study.knockout),
+            ("3 heads", heads_study, heads_study.heads),
         ):
+            progress = step(name, a.n_test * module.passes(model.cfg.n_layers))
             try:
-                results.append(claim(base, seed=a.seed, on_batch=step(name, None)))
+                results.append(claim(base, seed=a.seed, on_batch=progress))
             except Untestable as why:
-                results.append(untestable(title, str(why)))
+                results.append(untestable(module.TITLE, str(why)))
         results.append(bidirectional(base, seed=a.seed, on_batch=step("4 bidirectional", both)))
 
     summary = _summary(base, results, arguments, test_data)
