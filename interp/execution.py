@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ from interp.edits.receipts import Receipt, Receipts, attention_mass
 from interp.errors import EditHadNoEffect, NotRead, nearest
 from interp.hooks import canonical
 from interp.inputs import Inputs
+from interp.instrumented import Instrumented
 from interp.points import Point
 from interp.tokens import TokenGrid
-
-if TYPE_CHECKING:
-    from interp.model import MLLM
 
 HookFunction = Callable[..., Tensor | None]
 
@@ -87,7 +85,7 @@ class Step:
 
 
 def execute(
-    model: MLLM,
+    model: Instrumented,
     x: Inputs,
     *,
     edits: Sequence[MaskEdit] = (),
@@ -130,7 +128,7 @@ def execute(
 
 
 def _value_steps(
-    model: MLLM,
+    model: Instrumented,
     read: Sequence[str],
     functions: Sequence[tuple[str, HookFunction]],
     states: dict[str, Tensor],
@@ -172,7 +170,7 @@ class _LayerMask:
     """The mask edits of one layer during a run: put the mask in, then write the receipts."""
 
     def __init__(
-        self, model: MLLM, book: MaskBook, layer: int, receipts: list[Receipt], mass: bool
+        self, model: Instrumented, book: MaskBook, layer: int, receipts: list[Receipt], mass: bool
     ) -> None:
         self.model, self.book, self.layer, self.receipts = model, book, layer, receipts
         self.mass = mass

@@ -14,58 +14,28 @@ In a bare trace, hooks are taken in execution order, as always in nnsight; `run`
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any
 
-import nnsight
 import torch
 from torch import Tensor, nn
 from transformer_lens import ActivationCache
 
-from interp import attention, points
-from interp.dims import Dims
 from interp.edits.masks import MaskEdit
 from interp.execution import HookFunction, Run, execute
-from interp.families import family_of
-from interp.families.base import module_at
-from interp.hooks import Pattern, Vocabulary, canonical
+from interp.hooks import Pattern
 from interp.inputs import Inputs, Picture, prepare
+from interp.instrumented import Instrumented
 from interp.loading import load
-from interp.sites import Site, envoy_at
-from interp.tokens import TokenGrid
 
 
-class MLLM:
+class MLLM(Instrumented):
     """A loaded multimodal LLM. Make one with `MLLM.load`.
 
-    Attributes:
-        module: the transformers model, in eval mode, attending through `interp.attention`.
-        nn: the nnsight model around it.
-        processor: its transformers processor, or None.
-        family: its family table.
-        hooks: its hook names, in execution order.
-        cfg: its sizes.
+    What it inherits from `Instrumented`: `module`, `nn`, `processor`, `family`, `hooks`, `cfg`,
+    `trace`, `hook`, `stages`.
     """
-
-    def __init__(self, module: nn.Module, processor: Any = None) -> None:
-        self.family = family_of(module)
-        self.module = module
-        self.config = module.config
-        self.processor = processor
-        self.cfg = Dims.of(self.config, self.family)
-        self.hooks = Vocabulary(
-            self.cfg.n_layers,
-            self.cfg.n_vision_layers,
-            rotary=self.family.language.rotary,
-            vision_rotary=self.family.vision.rotary,
-        )
-        points.attach(module, self.family)
-        attention.register(module)
-        self.nn = nnsight.NNsight(module)
-        points.listen(module, self.nn)
 
     @classmethod
     def load(
@@ -104,24 +74,6 @@ class MLLM:
         )
         return cls(module, processor)
 
-    def __repr__(self) -> str:
-        c = self.cfg
-        return (
-            f"MLLM({type(self.module).__name__}: vision {c.n_vision_layers} layers x "
-            f"{c.n_vision_heads} heads, LLM {c.n_layers} layers x {c.n_heads} heads, d_model "
-            f"{c.d_model}, {next(self.module.parameters()).dtype}, {self.device})"
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model's first weights are."""
-        return next(self.module.parameters()).device
-
-    @property
-    def n_parameters(self) -> int:
-        """How many parameters the model has."""
-        return sum(parameter.numel() for parameter in self.module.parameters())
-
     # -- inputs -----------------------------------------------------------------------------------
 
     def prepare(self, image: Picture | Sequence[Picture], text: str | Sequence[str]) -> Inputs:
@@ -142,14 +94,6 @@ class MLLM:
                 "MLLM.load(module, processor=AutoProcessor.from_pretrained(...))"
             )
         return self.processor
-
-    def to_device(self, x: Inputs) -> dict[str, Tensor]:
-        """The model's inputs on its device, pictures in its precision."""
-        dtype = next(self.module.parameters()).dtype
-        return {
-            name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
-            for name, tensor in x.tensors.items()
-        }
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -238,76 +182,3 @@ class MLLM:
             ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]
         new = ids[:, x.n_pos :]
         return list(processor.batch_decode(new, skip_special_tokens=True))
-
-    # -- nnsight ----------------------------------------------------------------------------------
-
-    def trace(self, x: Inputs) -> Any:
-        """A nnsight trace of one forward pass: `with model.trace(x): ...`."""
-        return self.nn.trace(**self.to_device(x), use_cache=False)
-
-    def hook(self, name: str) -> Site:
-        """A hook inside a trace: `.output` reads it, assigning or editing in place writes it."""
-        self.hooks.rank(name)
-        name = canonical(name)
-        d_head = self.cfg.d_vision_head if name.startswith("vision.") else self.cfg.d_head
-        place = self.family.place(name, d_head)
-        return Site(name, self.envoy(place.path), place)
-
-    def envoy(self, path: str) -> Any:
-        """The nnsight envoy of the module at a dotted path."""
-        return envoy_at(self.nn, path)
-
-    # -- what the names mean on this model ---------------------------------------------------------
-
-    def image_tokens(self, name: str, state: Tensor, grid: TokenGrid) -> Tensor:
-        """Image tokens of a state, `[n_images, n_tokens, ...]`; see `Run.tokens`.
-
-        Raises:
-            ValueError: the hook has no axis of positions (scores, patterns, masks).
-        """
-        if self.hooks.shape(name).split()[1] not in ("pos", "token"):
-            raise ValueError(
-                f"{name!r} is [{self.hooks.shape(name)}]: it has no token axis to pick image "
-                "tokens from; index it with grid.position"
-            )
-        if name.startswith("adapter."):
-            return state
-        if name.startswith("vision."):
-            return self.family.vision_tokens(self.config, state)
-        return grid.gather(state)
-
-    @cached_property
-    def adapter_reads(self) -> str:
-        """The stage the adapter really reads; later vision layers are off the path."""
-        return f"vision.blocks.{self.family.adapter_reads(self.config)}.hook_resid_post"
-
-    def off_path(self, name: str) -> bool:
-        """Whether a hook lies in a vision block behind `adapter_reads`: edits there do nothing."""
-        behind = self.hooks.rank(name) > self.hooks.rank(self.adapter_reads)
-        return behind and canonical(name).startswith("vision.")
-
-    @property
-    def stages(self) -> list[str]:
-        """Where segmentation is probed, in order: vision embedding, vision layers, adapter, LLM."""
-        vision = [f"vision.blocks.{i}.hook_resid_post" for i in range(self.cfg.n_vision_layers)]
-        llm = [f"blocks.{i}.hook_resid_post" for i in range(self.cfg.n_layers)]
-        return ["vision.hook_embed", *vision, "adapter.hook_in", "adapter.hook_out", *llm]
-
-    @cached_property
-    def W_O(self) -> Tensor:
-        """Output projections of the language model, `[layer, head, d_head, d_model]`."""
-        weights = [
-            module_at(self.module, self.family.block_path(layer, "o")).weight
-            for layer in range(self.cfg.n_layers)
-        ]
-        split = [w.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head)) for w in weights]  # type: ignore[operator]
-        return torch.stack(split).detach()
-
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes, types and bytes of all weights: which model this is."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.module.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)};".encode())
-            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-            digest.update(raw.numpy().tobytes())
-        return digest.hexdigest()

@@ -23,7 +23,6 @@ checks the top heads by knocking them out.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum
@@ -33,10 +32,8 @@ from interp.attention import repeat_heads
 from interp.errors import InterpError
 from interp.families.base import module_at
 from interp.inputs import Inputs
+from interp.model import MLLM
 from interp.probes import ProbeBank
-
-if TYPE_CHECKING:
-    from interp.model import MLLM
 
 TOLERANCE = 1e-4
 

@@ -90,20 +90,7 @@ def knockout(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None)
     for condition in conditions:
         found = _verdicts(base, condition, llm, None, on_batch)
         right[condition.name] = found[base.readout]
-        n_edges = 0 if condition.edges is None else sum(map(len, condition.edges))
-        for order, stage in enumerate(llm):
-            curves.append(
-                {
-                    "condition": condition.name,
-                    "probe_free": False,
-                    "layers": "all",
-                    "stage": stage,
-                    "order": order,
-                    "n_tokens": int(queries.sum()),
-                    "edges_per_query": n_edges / queries.sum(),
-                    **rate(test.counts(found[stage], queries), seed).as_dict(),
-                }
-            )
+        curves += _curve(base, condition, found, queries, seed, probe_free=False)
     clean = right["clean"]
     shares: dict[str, Interval] = {}
     for condition in conditions[1:]:
@@ -190,6 +177,35 @@ def _beyond(
     """Share gone beyond the control's, paired."""
     counted = [(a & queries).sum(1) for a in (cut, control, clean)]
     return bootstrap(lambda k, c, a: ratio(c - k, a), *counted, seed=seed)
+
+
+def _curve(
+    base: Baseline,
+    condition: Condition,
+    right: Mapping[str, np.ndarray],
+    queries: np.ndarray,
+    seed: int,
+    *,
+    probe_free: bool,
+) -> list[dict[str, Any]]:
+    """Table rows: the queries' accuracy at every stage read, under one condition."""
+    n_edges = 0 if condition.edges is None else sum(map(len, condition.edges))
+    row = {
+        "condition": condition.name,
+        "probe_free": probe_free,
+        "layers": "all",
+        "n_tokens": int(queries.sum()),
+        "edges_per_query": n_edges / max(int(queries.sum()), 1),
+    }
+    return [
+        {
+            **row,
+            "stage": stage,
+            "order": order,
+            **rate(base.test.counts(hits, queries), seed).as_dict(),
+        }
+        for order, (stage, hits) in enumerate(right.items())
+    ]
 
 
 def _effect(condition: Condition, layers: str, share: Interval, seed: int) -> dict[str, Any]:
@@ -303,20 +319,7 @@ def _probe_free(
     for condition in conditions:
         found = _verdicts(base, condition, llm, None, on_batch)
         right[condition.name] = found[base.readout]
-        n_edges = 0 if condition.edges is None else sum(map(len, condition.edges))
-        for order, stage in enumerate(llm):
-            curves.append(
-                {
-                    "condition": condition.name,
-                    "probe_free": True,
-                    "layers": "all",
-                    "stage": stage,
-                    "order": order,
-                    "n_tokens": int(queries.sum()),
-                    "edges_per_query": n_edges / max(queries.sum(), 1),
-                    **rate(test.counts(found[stage], queries), seed).as_dict(),
-                }
-            )
+        curves += _curve(base, condition, found, queries, seed, probe_free=True)
     clean = test.counts(right["clean"], queries)
     names = {
         "marked -> unmarked": "probe_free_change",
