@@ -109,11 +109,13 @@ def questions_of(scene: Scene, tokenizer: PreTrainedTokenizerFast) -> list[Pair]
 Packed = tuple[Tensor, Tensor, Tensor, Tensor]  # ids, targets, position_ids, mask
 
 
-def pack(batch: list[list[Pair]]) -> Packed:
+def pack(batch: list[list[Pair]], narrow: list[list[int | None]] | None = None) -> Packed:
     """Put every picture's questions behind its image tokens.
 
     Args:
         batch: for each picture, its questions with their answers.
+        narrow: for each of them, the one row of patches (0 .. 9) that the question and its answer
+            may look at, or None for the whole picture, which is also the default.
 
     Returns:
         ids [batch, n_text] of the text after the image (0 pads), targets [batch, n_text] (-100
@@ -141,6 +143,13 @@ def pack(batch: list[list[Pair]]) -> Packed:
     earlier = np.tri(n_before + n_text, dtype=bool)
     same = (block[:, None, :] == -1) | (block[:, None, :] == block[:, :, None])
     mask = (earlier & same)[:, None]
+    for i, rows in enumerate(narrow or []):
+        for number, row in enumerate(rows):
+            if row is not None:
+                outside = np.arange(N_IMAGE) // GRID != row
+                queries = np.flatnonzero(block[i] == number)
+                keys = N_PREFIX + np.flatnonzero(outside)
+                mask[i, 0, queries[:, None], keys] = False
     return (
         torch.from_numpy(ids),
         torch.from_numpy(targets),

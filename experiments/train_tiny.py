@@ -12,7 +12,9 @@ could write under a picture:
    one vector an image. Then it is frozen, and the adapter reads its layer `READ`.
 2. **Projector and language model** (`train_language`). They learn together to answer questions in
    words, by next-token cross-entropy on the answers: which classes are in the picture, and what
-   lies along a row (see `tiny_questions`).
+   lies along a row (see `tiny_questions`). Of the row questions, `NARROW` see only the patches of
+   their own row: what those patches do not hold cannot be looked up elsewhere when the answer is
+   written, so whatever the rest of the picture says about a row has to be carried there.
 
 No label of a patch is ever a target. No loss touches an image token's state: what the tokens come
 to hold, they hold because it helps to find words. That is what makes probing them a question.
@@ -47,6 +49,7 @@ from tiny_model import READ, build_model, pixels_of, save
 from interp.datasets.scenes import CLASSES, GRID, SIBLINGS, SIZE, scenes
 
 ROWS = 6  # row captions asked for of a picture each time it comes up
+NARROW = 0.7  # share of them that may look at nothing but their row
 HELD_OUT = 256  # train scenes kept aside to compare seeds by their caption loss
 
 
@@ -184,8 +187,10 @@ def train_language(
     projector = model.model.multi_modal_projector
     cycle = OneCycle([projector, model.model.language_model, model.lm_head], 2e-3, steps)
     for step, index in enumerate(batches(len(features), 16, steps, rng)):
-        asked = [[questions[i][k] for k in (0, *(1 + rng.permutation(GRID)[:ROWS]))] for i in index]
-        loss = caption_loss(model, features[index], tq.pack(asked), prefix)
+        rows = [rng.permutation(GRID)[:ROWS] for _ in index]
+        asked = [[questions[i][k] for k in (0, *(1 + r))] for i, r in zip(index, rows)]
+        narrow = [[None, *(k if rng.random() < NARROW else None for k in r)] for r in rows]
+        loss = caption_loss(model, features[index], tq.pack(asked, narrow), prefix)
         cycle.step(loss)
         log("language", step, loss)
 
@@ -213,7 +218,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     parser.add_argument("--scenes", type=int, default=9_000, help="train scenes to draw")
     parser.add_argument("--encoder-steps", type=int, default=450)
-    parser.add_argument("--language-steps", type=int, default=2_000)
+    parser.add_argument("--language-steps", type=int, default=1_500)
     return parser.parse_args()
 
 

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from interp.errors import EmptyRow
 from interp.points import watched
 
 NAME = "interp"
@@ -69,6 +70,10 @@ def hooked_attention(
         # a copy of its own, by head: the same tensor serves every layer, and an edit of this
         # layer must not leak into the next
         attention_mask = module.hook_mask(mask.expand(*query.shape[:2], -1, -1).clone())
+        if (mask.any(-1) & ~attention_mask.any(-1)).any():
+            raise EmptyRow(
+                f"an edit at {module.hook_mask.name!r} leaves queries with no key to attend to"
+            )
     if watched(module.hook_attn_scores) or watched(module.hook_pattern):
         z = _written_out(
             module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs

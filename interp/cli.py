@@ -44,6 +44,7 @@ def study(
     n_test: Annotated[int, typer.Option(help="Images everything is reported on.")] = 300,
     seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
     device: Annotated[str | None, typer.Option(help='For instance "cuda".')] = None,
+    dtype: Annotated[str | None, typer.Option(help='For instance "bfloat16".')] = None,
     threads: Annotated[
         int | None, typer.Option(help="Of torch on the CPU; one if the model is small.")
     ] = None,
@@ -59,7 +60,7 @@ def study(
 
     arguments = StudyArguments(model=model, n_probe=n_probe, n_test=n_test, seed=seed)
     try:
-        loaded = MLLM.load(model, device=device)
+        loaded = MLLM.load(model, device=device, dtype=dtype)
         if threads or loaded.n_parameters < SMALL:
             torch.set_num_threads(threads or 1)
         summary = run_study(loaded, out, arguments, overwrite=overwrite)

@@ -99,17 +99,18 @@ def execute(
     """Run the model once; `MLLM.run` documents the arguments (names are canonical here)."""
     states: dict[str, Tensor] = {}
     receipts: list[Receipt] = []
-    steps = _value_steps(model, read, functions, states)
+    steps = _value_steps(model, x, read, functions, states)
     if edits:
         book = MaskBook(
             edits,
             model.cfg.n_layers,
             model.cfg.n_heads,
-            len(x),
-            x.n_pos,
+            x.tensors["attention_mask"].cpu().numpy().astype(bool),
             strict=strict,
             allow_empty_rows=allow_empty_rows,
         )
+        if strict and not logits:
+            _reaches_a_read(model, edits, read)
         for layer in range(model.cfg.n_layers):
             if book.at(layer):
                 steps += _LayerMask(model, book, layer, receipts, mass).steps()
@@ -127,8 +128,21 @@ def execute(
     return Run(states, out.get("logits"), Receipts(receipts), x.grid, model.image_tokens)
 
 
+def _reaches_a_read(model: Instrumented, edits: Sequence[MaskEdit], read: Sequence[str]) -> None:
+    """Raise for an edit that acts only after everything that is read."""
+    last = max((model.hooks.rank(name) for name in read), default=-1)
+    for edit in edits:
+        layers = [layer for layer in range(model.cfg.n_layers) if edit.applies(layer)]
+        if layers and model.hooks.rank(f"blocks.{layers[0]}.attn.hook_q") > last:
+            raise EditHadNoEffect(
+                f"{edit!r} acts from layer {layers[0]} on, after everything that is read "
+                f"({', '.join(read) or 'nothing'}), and the logits are not wanted"
+            )
+
+
 def _value_steps(
     model: Instrumented,
+    x: Inputs,
     read: Sequence[str],
     functions: Sequence[tuple[str, HookFunction]],
     states: dict[str, Tensor],
@@ -139,11 +153,11 @@ def _value_steps(
         by_name.setdefault(name, []).append(function)
 
     def step(name: str, edits: list[HookFunction], keep: bool) -> Step:
-        off_path = model.off_path(name)
-
         def act() -> None:
             site = model.hook(name)
             value = site.output
+            before = value.clone() if edits and name == "hook_embed" else value
+            off_path = bool(edits) and model.off_path(name)
             for edit in edits:
                 version = value._version if off_path else 0  # torch counts edits in place
                 edited = edit(value, hook=Point(name))
@@ -153,8 +167,11 @@ def _value_steps(
                         f"{model.adapter_reads!r}, and this lies behind it"
                     )
                 if edited is not None:
+                    _same_shape(name, edited, value)
                     site.output = edited
                     value = site.output
+            if edits and name == "hook_embed":
+                _not_only_placeholders(before, value, x)
             if keep:
                 # blocks hand the same tensor on (resid_post of one is resid_pre of the next), so
                 # where functions may write in place, what was read before must be a copy
@@ -164,6 +181,26 @@ def _value_steps(
 
     wanted = set(read)
     return [step(name, edits, name in wanted) for name, edits in by_name.items()]
+
+
+def _same_shape(name: str, edited: Any, value: Tensor) -> None:
+    """A result of another shape may broadcast into wrong numbers, so it is refused."""
+    if not isinstance(edited, Tensor) or edited.shape != value.shape:
+        came = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
+        raise ValueError(
+            f"the function at {name!r} returned {came}, but the tensor there is "
+            f"{list(value.shape)}; return one of that shape, or None"
+        )
+
+
+def _not_only_placeholders(before: Tensor, after: Tensor, x: Inputs) -> None:
+    """`hook_embed` at image positions is overwritten by the adapter's output."""
+    changed = (before != after).any(-1).cpu().numpy()
+    if changed.any() and not (changed & ~x.grid.is_image).any():
+        raise EditHadNoEffect(
+            "an edit of hook_embed at image tokens only cannot reach the logits: placeholders are "
+            "overwritten by the adapter's output; edit adapter.hook_out"
+        )
 
 
 class _LayerMask:

@@ -144,13 +144,29 @@ class Vocabulary:
                 raise UnknownHook(f"the filter {pattern!r} accepts none of this model's hooks")
             return found
         if not isinstance(pattern, str):
+            pattern = list(pattern)
+            if not pattern:
+                raise UnknownHook("an empty list of hook names; leave it out to read nothing")
             found = [name for one in pattern for name in self.expand(one)]
             return sorted(set(found), key=self.rank)
         name = canonical(pattern)
         if not set(name) & set("*?[{"):
             self.rank(name)  # raises with the nearest names
             return [name]
-        regex = glob_to_regex(name)
+        if range_ := re.search(r"\[([^\]]*)\]", name):
+            # one number at a time, so that a layer which the model lacks is told
+            parts = [
+                self.expand(f"{name[: range_.start()]}{number}{name[range_.end() :]}")
+                for number in _numbers(range_[1], pattern)
+            ]
+            return sorted({found for part in parts for found in part}, key=self.rank)
+        if words := re.search(r"\{([^}]*)\}", name):
+            parts = [
+                self.expand(f"{name[: words.start()]}{word}{name[words.end() :]}")
+                for word in words[1].split(",")
+            ]
+            return sorted({found for part in parts for found in part}, key=self.rank)
+        regex = re.compile(re.escape(name).replace(r"\*", ".*").replace(r"\?", "[^.]"))
         found = [known for known in self.names if regex.fullmatch(known)]
         if not found:
             raise UnknownHook(
@@ -174,27 +190,6 @@ def canonical(name: str) -> str:
     return name
 
 
-def glob_to_regex(pattern: str) -> re.Pattern[str]:
-    """Translate a hook glob: `*`, `?`, `{a,b}` and number ranges `[4-12]` or `[0,3,7]`.
-
-    >>> bool(glob_to_regex("blocks.[8-11].hook_resid_*").fullmatch("blocks.10.hook_resid_pre"))
-    True
-    """
-    out = []
-    for piece in re.split(r"(\*|\?|\[[^\]]*\]|\{[^}]*\})", pattern):
-        if piece == "*":
-            out.append(".*")
-        elif piece == "?":
-            out.append("[^.]")
-        elif piece.startswith("["):
-            out.append(f"(?:{'|'.join(map(str, _numbers(piece[1:-1], pattern)))})")
-        elif piece.startswith("{"):
-            out.append(f"(?:{'|'.join(re.escape(word) for word in piece[1:-1].split(','))})")
-        else:
-            out.append(re.escape(piece))
-    return re.compile("".join(out))
-
-
 def _numbers(text: str, pattern: str) -> list[int]:
     numbers: list[int] = []
     for part in text.split(","):
@@ -205,5 +200,7 @@ def _numbers(text: str, pattern: str) -> list[int]:
                 "write [3], [0,2,5] or [4-12]"
             )
         first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise UnknownHook(f"[{text}] in the pattern {pattern!r} runs backwards")
         numbers.extend(range(first, last + 1))
     return numbers

@@ -39,6 +39,7 @@ class Instrumented:
 
     def __init__(self, module: nn.Module, processor: Any = None) -> None:
         self.family = family_of(module)
+        self.family.check(module)
         self.module = module
         self.config = module.config
         self.processor = processor
@@ -92,7 +93,7 @@ class Instrumented:
         name = canonical(name)
         d_head = self.cfg.d_vision_head if name.startswith("vision.") else self.cfg.d_head
         place = self.family.place(name, d_head)
-        return Site(name, self.envoy(place.path), place)
+        return Site(name, self.envoy(place.path), place, off_path=self.off_path(name))
 
     def envoy(self, path: str) -> Any:
         """The nnsight envoy of the module at a dotted path."""
@@ -111,6 +112,11 @@ class Instrumented:
                 f"{name!r} is [{self.hooks.shape(name)}]: it has no token axis to pick image "
                 "tokens from; index it with grid.position"
             )
+        if name == "hook_embed":
+            raise ValueError(
+                "hook_embed holds placeholders at the image tokens, which are then overwritten; "
+                "read adapter.hook_out or blocks.0.hook_resid_pre"
+            )
         if name.startswith("adapter."):
             return state
         if name.startswith("vision."):
@@ -120,7 +126,10 @@ class Instrumented:
     @cached_property
     def adapter_reads(self) -> str:
         """The stage the adapter really reads; later vision layers are off the path."""
-        return f"vision.blocks.{self.family.adapter_reads(self.config)}.hook_resid_post"
+        block = self.family.adapter_reads(self.config)
+        if block < 0:
+            return "vision.blocks.0.hook_resid_pre"
+        return f"vision.blocks.{block}.hook_resid_post"
 
     def off_path(self, name: str) -> bool:
         """Whether a hook lies in a vision block behind `adapter_reads`: edits there do nothing."""
@@ -134,15 +143,15 @@ class Instrumented:
         llm = [f"blocks.{i}.hook_resid_post" for i in range(self.cfg.n_layers)]
         return ["vision.hook_embed", *vision, "adapter.hook_in", "adapter.hook_out", *llm]
 
-    @cached_property
+    def head_weights(self, layer: int) -> Tensor:
+        """Output projection of a language-model layer by head, `[head, d_head, d_model]`."""
+        weight: Tensor = module_at(self.module, self.family.block_path(layer, "o")).weight  # type: ignore[assignment]
+        return weight.detach().T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head))
+
+    @property
     def W_O(self) -> Tensor:
-        """Output projections of the language model, `[layer, head, d_head, d_model]`."""
-        weights = [
-            module_at(self.module, self.family.block_path(layer, "o")).weight
-            for layer in range(self.cfg.n_layers)
-        ]
-        split = [w.T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head)) for w in weights]  # type: ignore[operator]
-        return torch.stack(split).detach()
+        """Output projections of the language model, `[layer, head, d_head, d_model]` (a copy)."""
+        return torch.stack([self.head_weights(layer) for layer in range(self.cfg.n_layers)])
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, types and bytes of all weights: which model this is."""

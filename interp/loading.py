@@ -40,19 +40,33 @@ def load(
     """
     if isinstance(source, nn.Module):
         family_of(source)  # refuse early
-        module = source
+        if revision is not None:
+            raise ValueError("revision= belongs to a hub id; this is a module in memory")
+        module = source if dtype is None else source.to(_dtype(dtype))
     else:
+        if not isinstance(source, (str, os.PathLike)):
+            raise TypeError(
+                f"{type(source).__name__} is nothing to load; give a name, a folder or a "
+                "transformers module"
+            )
         name = os.fspath(source)
         where = _locate(name)
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         if revision is not None:
             common["revision"] = revision
-        module = _read_module(name, where, dtype or "auto", common)
+        module = _read_module(name, where, "auto" if dtype is None else _dtype(dtype), common)
         if processor is None:
             processor = _read_processor(name, where, common)
     if device is not None:
         module = module.to(device)
     return module.eval(), processor
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"no dtype {dtype!r}; for instance 'float32' or 'bfloat16'")
+    return found
 
 
 def _read_module(

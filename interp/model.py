@@ -107,7 +107,7 @@ class MLLM(Instrumented):
         allow_empty_rows: bool = False,
         mass: bool = True,
     ) -> Run:
-        """Run once, with edits, and read.
+        """Run once, with edits, and read. No gradients; a bare `trace` has them.
 
         Args:
             x: a prepared batch.
@@ -122,12 +122,7 @@ class MLLM(Instrumented):
         Raises:
             UnknownHook, HeadError, EdgeError, EditHadNoEffect, EmptyRow: see `interp.errors`.
         """
-        for edit in edits:
-            if not isinstance(edit, MaskEdit):
-                raise TypeError(
-                    f"{edit!r} is no edit; Knockout(edges) and Unmask(edges) are, and functions go "
-                    "through run_with_hooks"
-                )
+        _check_call(x, edits)
         names = self.hooks.expand(read)
         if not (names or edits or logits):
             raise ValueError("nothing to do: no read, no edit, and logits=False")
@@ -169,6 +164,7 @@ class MLLM(Instrumented):
         A function that returns None may have edited its tensor in place; either way the edit
         counts. `hook.name` and `hook.layer()` tell where it is.
         """
+        _check_call(x, edits)
         functions = [(name, fn) for where, fn in fwd_hooks for name in self.hooks.expand(where)]
         run = execute(self, x, edits=edits, functions=functions)
         assert run.logits is not None
@@ -182,3 +178,19 @@ class MLLM(Instrumented):
             ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]
         new = ids[:, x.n_pos :]
         return list(processor.batch_decode(new, skip_special_tokens=True))
+
+
+def _check_call(x: Any, edits: Sequence[Any]) -> None:
+    """The two slips of the first day, told by name."""
+    if not isinstance(x, Inputs):
+        raise TypeError(
+            f"{type(x).__name__} is no prepared batch; x = model.prepare(image, text) makes one"
+        )
+    for edit in edits:
+        if not isinstance(edit, MaskEdit):
+            hint = "functions go through run_with_hooks(x, fwd_hooks=[(name, fn)])"
+            if isinstance(edit, str):
+                hint = "to read hooks pass read=..."
+            elif isinstance(edit, list) and all(isinstance(one, MaskEdit) for one in edit):
+                hint = "give edits one by one, or as *edits"
+            raise TypeError(f"{edit!r} is no edit; Knockout(edges) and Unmask(edges) are; {hint}")

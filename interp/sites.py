@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
+from interp.errors import EditHadNoEffect
 from interp.families.base import Place
 
 
@@ -27,10 +28,14 @@ class Site:
         name: the hook's name.
         envoy: the nnsight envoy of the module that carries it.
         place: its side and view (see `interp.families.base.Place`).
+        off_path: whether the adapter reads an earlier stage, so that an edit would do nothing.
     """
 
-    def __init__(self, name: str, envoy: Any, place: Place) -> None:
+    __slots__ = ("_envoy", "_off_path", "_place", "name")  # a misspelt attribute must not pass
+
+    def __init__(self, name: str, envoy: Any, place: Place, *, off_path: bool = False) -> None:
         self.name = name
+        self._off_path = off_path
         self._envoy = envoy
         self._place = place
 
@@ -49,6 +54,11 @@ class Site:
 
     @output.setter
     def output(self, value: Tensor) -> None:
+        if self._off_path:
+            raise EditHadNoEffect(
+                f"an edit at {self.name!r} cannot reach the logits: the adapter reads an earlier "
+                "stage of the vision tower (model.adapter_reads)"
+            )
         if self._place.view == "heads":
             value = value.flatten(-2)
         if self._place.view == "first" and isinstance(raw := self._raw(), tuple):

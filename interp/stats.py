@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from interp.errors import Untestable
+
 Array = NDArray[np.float64]
 
 
@@ -103,9 +105,9 @@ def bootstrap(
     >>> print(drop)
     -0.050 [-0.052, -0.048]
 
-    Draws in which the statistic is not a number (0/0) are left out. `ValueError` if that is
-    more than half of them, if the estimate itself is none, if the arrays differ in their
-    number of images, or if there are fewer than two images.
+    Draws in which the statistic is not a number (0/0) are left out. `Untestable` (a `ValueError`)
+    if that is more than half of them or if the estimate itself is none; `ValueError` if the arrays
+    differ in their number of images, or if there are fewer than two images.
     """
     arrays = [np.asarray(array, np.float64) for array in per_image]
     sizes = [len(array) if array.ndim else 0 for array in arrays]
@@ -131,11 +133,11 @@ def bootstrap(
         )
     draws = values[1:][np.isfinite(values[1:])]
     if not np.isfinite(values[0]):
-        raise ValueError(
+        raise Untestable(
             f"the statistic of all {n_images} images is {values[0]}: is a count of it 0?"
         )
     if 2 * len(draws) < n_boot:
-        raise ValueError(
+        raise Untestable(
             f"the statistic is not a finite number in {n_boot - len(draws)} of {n_boot} draws: "
             f"too few of the {n_images} images contribute to it"
         )

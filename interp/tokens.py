@@ -208,6 +208,8 @@ class TokenGrid:
     def edges_where(self, mask: np.ndarray | Tensor) -> EdgeSet:
         """Edges from a boolean `[n_images, dst token, src token]` over tokens in grid order."""
         array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
+        if array.dtype != np.bool_:
+            raise EdgeError(f"edges come from a bool mask, not from {array.dtype}; compare first")
         if not self.uniform or array.shape != (self.n_images, *(2 * [len(self.of_image(0))])):
             raise EdgeError(
                 f"a mask of shape {list(array.shape)} for {self.n_images} images of "

@@ -67,14 +67,28 @@ class MaskEdit:
         ]
         return f"{type(self).__name__}({self.edges!r}{''.join(where)})"
 
-    def check(self, n_layers: int, n_heads: int, n_batch: int, n_pos: int) -> None:
-        """Raise unless the model has this edit's layers and heads, and the run its positions."""
+    def check(self, n_layers: int, n_heads: int, attended: np.ndarray) -> None:
+        """Raise unless the model has this edit's layers and heads, and the run its positions.
+
+        Args:
+            n_layers: of the language model.
+            n_heads: its query heads.
+            attended: `[batch, pos]` bool, False on padding.
+        """
         edges = self.edges
-        if (edges.n_batch, edges.n_pos) != (n_batch, n_pos):
+        if (edges.n_batch, edges.n_pos) != attended.shape:
             raise EdgeError(
                 f"{self!r}: these edges were made for {edges.n_batch} x {edges.n_pos} positions, "
-                f"but this run has {n_batch} x {n_pos}"
+                f"but this run has {attended.shape[0]} x {attended.shape[1]}"
             )
+        for name, position in (("src", edges.src), ("dst", edges.dst)):
+            padding = ~attended[edges.row, position]
+            if padding.any():
+                row, _, _ = edges.table[padding][0]
+                raise EdgeError(
+                    f"{self!r}: {int(padding.sum())} of these edges have a {name} that is padding, "
+                    f"the first in row {row}; there is nothing there to cut or to see"
+                )
         for name, value, n in (("layer", self.layers, n_layers), ("head", self.heads, n_heads)):
             for index in value or ():  # type: ignore[union-attr]
                 if index >= n:
@@ -167,8 +181,7 @@ class MaskBook:
         edits: in the order in which they apply.
         n_layers: of the language model.
         n_heads: its query heads.
-        n_batch: rows of the run's batch.
-        n_pos: positions of its sequence.
+        attended: `[batch, pos]` bool of the run's batch, False on padding.
         strict: raise `EditHadNoEffect` for an edit that flips nothing.
         allow_empty_rows: let an edit leave queries with no key.
     """
@@ -178,17 +191,16 @@ class MaskBook:
         edits: Sequence[MaskEdit],
         n_layers: int,
         n_heads: int,
-        n_batch: int,
-        n_pos: int,
+        attended: np.ndarray,
         *,
         strict: bool = True,
         allow_empty_rows: bool = False,
     ) -> None:
         for edit in edits:
-            edit.check(n_layers, n_heads, n_batch, n_pos)
+            edit.check(n_layers, n_heads, attended)
         self.edits = edits
         self.n_heads = n_heads
-        self.n_pos = n_pos
+        self.n_pos = attended.shape[1]
         self.strict = strict
         self.allow_empty_rows = allow_empty_rows
         self._built: dict[tuple[int, ...], tuple[Tensor, Tensor, list[Effect]]] = {}
@@ -239,10 +251,16 @@ class MaskBook:
             closed = at & ~open_now.all(1)
             if closed.any():
                 row, dst, src = (int(i) for i in closed.nonzero()[0])
+                why = (
+                    "src comes after dst, and edges.causal() drops such edges"
+                    if src > dst
+                    else "an earlier edit of this run, or the layer's own mask, closes it in some "
+                    "head"
+                )
                 raise EdgeError(
-                    f"{edit!r}: {int(closed.sum())} of these edges are closed already, the first "
-                    f"is src={src} -> dst={dst} in row {row}. Cutting them would change nothing; "
-                    "edges.causal() keeps those that a causal mask leaves open"
+                    f"{edit!r}: {int(closed.sum())} of these edges are closed already, so cutting "
+                    f"them would change nothing; the first is src={src} -> dst={dst} in row {row}: "
+                    f"{why}"
                 )
         if edit.opens:
             after[:, chosen] |= at[:, None]
@@ -250,10 +268,9 @@ class MaskBook:
             after[:, chosen] &= ~at[:, None]
         flipped = (after != mask).any(1)
         if self.strict and not flipped.any():
-            state = "open" if edit.opens else "closed"
+            why = "every edge was open already" if len(edges) else "it holds no edges"
             raise EditHadNoEffect(
-                f"{edit!r} changes nothing: it holds {len(edges)} edges and every one was {state} "
-                "already; pass strict=False to let that pass"
+                f"{edit!r} changes nothing: {why}; pass strict=False to let that pass"
             )
         had_key = mask.any(-1).expand(edges.n_batch, heads, -1)
         empty = (had_key & ~after.any(-1)).any(1)

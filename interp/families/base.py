@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import nn
 
+from interp.errors import NotMultimodal
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -130,6 +132,21 @@ class Family:
     vision_tokens: Callable[[Any, torch.Tensor], torch.Tensor]
     adapter_reads: Callable[[Any], int]
     inputs: tuple[str, ...] = field(default=("input_ids", "attention_mask", "pixel_values"))
+
+    def check(self, module: nn.Module) -> None:
+        """Raise unless the modules that this table names are there.
+
+        Raises:
+            NotMultimodal: for instance a model without its language-model head.
+        """
+        for path in (self.language.blocks, self.vision.blocks, self.adapter, self.unembed):
+            try:
+                module.get_submodule(path)
+            except AttributeError:
+                raise NotMultimodal(
+                    f"{type(module).__name__} has no {path!r}, where a {self.name} model has it; "
+                    "give the whole model, for instance a LlavaForConditionalGeneration"
+                ) from None
 
     def tower(self, name: str) -> tuple[Tower, str]:
         """The tower a hook name speaks of, and the name without the tower's prefix."""

@@ -22,6 +22,11 @@ from interp.tokens import TokenGrid, raster
 def _grid(
     config: Any, processor: Any, input_ids: np.ndarray, sizes: Sequence[tuple[int, int]]
 ) -> TokenGrid:
+    if config.vision_feature_select_strategy != "default":
+        raise NotImplementedError(
+            f"vision_feature_select_strategy={config.vision_feature_select_strategy!r} makes an "
+            "image token of CLS too, which no grid cell has; only 'default' is supported"
+        )
     vision = config.vision_config
     side = vision.image_size // vision.patch_size
     image_processor = getattr(processor, "image_processor", None)

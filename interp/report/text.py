@@ -111,10 +111,10 @@ def findings_table(summary: Mapping[str, Any]) -> Table:
         caption_justify="left",
         pad_edge=False,
     )
-    table.add_column("finding", ratio=1, min_width=20)
+    table.add_column("finding", ratio=1, min_width=14)
     table.add_column("estimate", no_wrap=True)
     table.add_column("control", no_wrap=True)
-    table.add_column("holds", no_wrap=True)
+    table.add_column("holds", no_wrap=True, min_width=5)
     for name in ordered(summary["findings"]):
         finding = summary["findings"][name]
         unit = unit_of(name, finding)

@@ -24,6 +24,7 @@ from interp.studies.recovery import Baseline, fit_bank
 from interp.studies.result import Finding, Result, difference, points, rate
 from interp.studies.split import EditsOf, Progress, Split
 
+TITLE = "Causal attention starves early tokens"
 CAUSAL = "causal"
 FROZEN = "bidirectional, frozen probes"
 REFITTED = "bidirectional, refitted probes"
@@ -55,16 +56,16 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
             curve.append({"condition": name, "stage": stage, "order": order, **interval.as_dict()})
 
     gains = _thirds(test, right, seed)
-    early_against_late = _early_against_late(test, right, seed)
+    early_against_late, per_error = _early_against_late(test, right, seed)
     early, late = gains[("early", "refitted - causal")], gains[("late", "refitted - causal")]
-    holds = early.low > 0 and early_against_late.low > 0
+    holds = early.low > 0 and early_against_late.low > 0 and per_error.low > 0
     text = (
         f"Seeing the picture both ways changes the accuracy of the early third by {points(early)} "
         f"points and of the late third by {points(late)} (probes refitted); early minus late: "
         f"{points(early_against_late)}."
     )
     finding = Finding(
-        "Causal attention starves early tokens",
+        TITLE,
         early,
         late,
         "the same for late tokens",
@@ -82,7 +83,8 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
         ),
         "dose": _dose(base, right, seed),
     }
-    return Result(finding, tables, {"early_minus_late": early_against_late})
+    figures = {"early_minus_late": early_against_late, "early_minus_late_per_error": per_error}
+    return Result(finding, tables, figures)
 
 
 def opened(split: Split) -> EditsOf:
@@ -114,12 +116,25 @@ def _thirds(
     }
 
 
-def _early_against_late(test: Split, right: dict[str, np.ndarray], seed: int) -> Interval:
-    """The early third's gain minus the late third's, paired over images."""
+def _early_against_late(
+    test: Split, right: dict[str, np.ndarray], seed: int
+) -> tuple[Interval, Interval]:
+    """The early third's gain minus the late third's, paired: in accuracy, and per causal error.
+
+    Tokens that are wrong more often have more to gain. The second interval divides each gain by
+    the causal error rate of its third, so that headroom alone cannot make the difference.
+    """
     (a, n), (b, _) = _gain_counts(test, right, REFITTED, 0)
     (c, m), (d, _) = _gain_counts(test, right, REFITTED, 2)
-    return bootstrap(
-        lambda a, b, n, c, d, m: ratio(a - b, n) - ratio(c - d, m), a, b, n, c, d, m, seed=seed
+    return (
+        bootstrap(
+            lambda a, b, n, c, d, m: ratio(a - b, n) - ratio(c - d, m), a, b, n, c, d, m, seed=seed
+        ),
+        bootstrap(
+            lambda a, b, n, c, d, m: ratio(a - b, n - b) - ratio(c - d, m - d),
+            *(a, b, n, c, d, m),
+            seed=seed,
+        ),
     )
 
 

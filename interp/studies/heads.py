@@ -7,8 +7,8 @@ Averaged over tokens that gives each head's share of the recovery.
 
 A large share is a claim, not yet evidence. So heads are *ranked* on the first half of the
 images, by what they read from the correct tokens of a region, and *tested* on the second half: the
-anchor edges of the knockout study are cut in the top heads alone, against as many random heads
-(several draws, pooled).
+anchor edges of the knockout study are cut in the top heads alone, against as many of the other
+heads (several draws, pooled: their interval is over images, not over draws).
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from interp.edits import Knockout, MaskEdit
 from interp.errors import Untestable
 from interp.inputs import Inputs
 from interp.stats import Interval, bootstrap, ratio
-from interp.studies.knockout import anchor_edges, share_gone
+from interp.studies.conditions import anchor_edges
+from interp.studies.knockout import share_gone
 from interp.studies.recovery import Baseline
 from interp.studies.result import Finding, Result, percent
 from interp.studies.split import Progress
@@ -49,8 +50,8 @@ def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) ->
 
     first_half = np.arange(len(counts)) < len(counts) // 2
     score = per_head[first_half][..., GROUPS.index("same-region correct")].sum(0)
-    if score.size < N_TOP:
-        raise Untestable(f"the model has {score.size} heads, and the study cuts the top {N_TOP}")
+    if score.size < 2 * N_TOP:
+        raise Untestable(f"the model has {score.size} heads, and the study needs {2 * N_TOP}")
     ranked = [
         (int(i) // score.shape[1], int(i) % score.shape[1])
         for i in np.argsort(-score, axis=None, kind="stable")
@@ -62,22 +63,21 @@ def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) ->
     }
     table, top, control, beyond = _cut_heads(base, ranked, first_half, seed, on_batch)
     tables["head_knockout"] = table
-    top_share = bootstrap(
-        lambda h, c: ratio(h, c), _over(per_head, ranked[:N_TOP]), change, seed=seed
-    )
+    second = ~first_half
+    top_share = bootstrap(ratio, _over(per_head[second], ranked[:N_TOP]), change[second], seed=seed)
     holds = top.low > 0 and beyond.low > 0
     n = score.size
     text = (
         f"The top {N_TOP} of {n} heads write {percent(top_share)} of the margin's change of "
         f"misclassified tokens; cutting the anchors' edges in them alone removes {percent(top)} of "
-        f"the recovery, in {N_TOP} random heads {percent(control)}."
+        f"the recovery, in {N_TOP} other heads {percent(control)}."
     )
-    finding = Finding(TITLE, top, control, f"{N_TOP} random heads", holds, text, unit="share")
-    figures = {"top_heads_margin_share": top_share, "heads_beyond_random": beyond}
+    finding = Finding(TITLE, top, control, f"{N_TOP} other heads", holds, text, unit="share")
+    figures = {"top_heads_margin_share": top_share, "heads_beyond_others": beyond}
     return Result(finding, tables, figures)
 
 
-def passes(n_layers: int) -> int:
+def passes() -> int:
     """How often `heads` goes over the test images: attribution, top sets, random sets."""
     return 1 + len(SIZES) + 1 + N_DRAWS
 
@@ -219,14 +219,15 @@ def _cut_heads(
 
     rows = []
     for n in (*SIZES, len(ranked)):
-        if n <= len(ranked):
+        if n < len(ranked) or n not in SIZES:
             name = "all heads" if n == len(ranked) else f"top {n}"
             right = cut(ranked[:n])
             if n == N_TOP:
                 top = right
             rows.append({"set": name, "n_heads": n, "measure": "share", **share(right).as_dict()})
+    others = ranked[N_TOP:]
     drawn = [
-        cut([ranked[i] for i in rng.choice(len(ranked), N_TOP, replace=False)])
+        cut([others[i] for i in rng.choice(len(others), N_TOP, replace=False)])
         for _ in range(N_DRAWS)
     ]
     # draws are pooled per image, so an image's weight covers all draws of it
@@ -236,7 +237,7 @@ def _cut_heads(
     beyond = bootstrap(
         lambda t, k, a: ratio(k / N_DRAWS - t, a), (top & queries).sum(1), kept, all_, seed=seed
     )
-    name = f"{N_TOP} random heads ({N_DRAWS} draws)"
+    name = f"{N_TOP} other heads ({N_DRAWS} draws)"
     rows.append({"set": name, "n_heads": N_TOP, "measure": "share", **control.as_dict()})
     return pd.DataFrame(rows), share(top), control, beyond
 

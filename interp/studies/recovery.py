@@ -5,15 +5,16 @@ vision embedding, after every vision layer, before and after the adapter, after 
 language model. The curve of test accuracy over these stages shows where the information is lost
 and where it comes back.
 
-Two controls. A language model whose weights are shuffled (each matrix keeps its values, in random
-places) gets the same inputs and fresh probes of its own: if its curve rose too, the rise would be
-a property of adding layers, not of what was learned. And lines for the floor (always saying the
-most frequent class) and the ceiling (perfect labels for every token, scored on pixels).
+Three controls. A random projection of the adapter's input to the width of its output, with a probe
+of its own, tells how much of the drop is a matter of width. A language model whose weights are
+shuffled (each matrix keeps its values, in random places) gets the same inputs and fresh probes of
+its own: if its curve rose too, the rise would be a property of adding layers, not of what was
+learned. And lines for the floor (always saying the most frequent class) and the ceiling (perfect
+labels for every token, scored on pixels).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,6 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from interp.families.base import module_at
 from interp.model import MLLM
 from interp.probes import ProbeBank
 from interp.probes.metrics import (
@@ -35,8 +35,11 @@ from interp.probes.metrics import (
     pixel_confusion,
 )
 from interp.stats import bootstrap
+from interp.studies.controls import random_projection, shuffled_llm
 from interp.studies.result import Finding, Result, difference, points
 from interp.studies.split import EditsOf, Progress, Split
+
+SQUEEZED = "adapter.hook_in, projected"
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +129,10 @@ def recovery(
     model = probe.model
     states = probe.read(model.stages, on_batch=on_batch)
     bank = fit_bank(probe, states, classes)
+    squeeze = random_projection(states["adapter.hook_in"].shape[-1], model.cfg.d_model, seed)
+    squeezed = None
+    if squeeze is not None:
+        squeezed = fit_bank(probe, {SQUEEZED: states["adapter.hook_in"] @ squeeze}, classes)
     reference = "adapter.hook_out"
     predicted_probe = bank.predict(reference, states[reference]).numpy()
     del states
@@ -145,15 +152,23 @@ def recovery(
         reference=reference,
         readout=model.stages[-1],
     )
+    squeezed_right = None
+    if squeezed is not None and squeeze is not None:
+        said = squeezed.predict(SQUEEZED, states["adapter.hook_in"] @ squeeze)
+        squeezed_right = baseline.hits(said.numpy())
     shuffled, shuffled_right = _shuffled_llm(
         probe, test, classes, len(model.stages), seed, on_batch
     )
     tables = {"stages": pd.DataFrame(table + shuffled), "references": _references(probe, test)}
-    return baseline, _findings(baseline, shuffled_right, tables, seed)
+    return baseline, _findings(baseline, shuffled_right, squeezed_right, tables, seed)
 
 
 def _findings(
-    base: Baseline, shuffled_right: np.ndarray, tables: dict[str, pd.DataFrame], seed: int
+    base: Baseline,
+    shuffled_right: np.ndarray,
+    squeezed_right: np.ndarray | None,
+    tables: dict[str, pd.DataFrame],
+    seed: int,
 ) -> list[Result]:
     test = base.test
 
@@ -167,17 +182,35 @@ def _findings(
     rise = difference(end, after, seed)
     control = difference(counts(shuffled_right), after, seed)
     beyond = difference(end, counts(shuffled_right), seed)
+    width = None if squeezed_right is None else difference(counts(squeezed_right), before, seed)
+    figures = {}
     drop_holds = drop.high < 0
+    if squeezed_right is not None:
+        figures["drop_beyond_width"] = difference(after, counts(squeezed_right), seed)
+        drop_holds = drop_holds and figures["drop_beyond_width"].high < 0
     rise_holds = rise.low > 0 and beyond.low > 0
-    drop_text = f"Token accuracy changes by {points(drop)} points at the adapter" + (
-        "." if drop_holds else ": no drop that the interval can tell from none."
+    drop_text = (
+        f"Token accuracy changes by {points(drop)} points at the adapter"
+        + ("" if width is None else f"; a random projection to its width costs {points(width)}")
+        + ("." if drop_holds else ". So no drop is told from none here.")
     )
     rise_text = (
         f"Over the language model it changes by {points(rise)} points; with the language model's "
         f"weights shuffled, by {points(control)}."
     )
     return [
-        Result(Finding("Drop-off at the adapter", drop, None, "", drop_holds, drop_text), tables),
+        Result(
+            Finding(
+                "Drop-off at the adapter",
+                drop,
+                width,
+                "random projection to the same width",
+                drop_holds,
+                drop_text,
+            ),
+            tables,
+            figures,
+        ),
         Result(
             Finding(
                 "Recovery in the language model",
@@ -217,7 +250,7 @@ def _scores(
         "label": label(stage),
         "order": order,
         "kind": kind,
-        "on_path": on_path(stage, model),
+        "on_path": not model.off_path(stage),
     }
     return [{**row, "metric": m, **interval.as_dict()} for m, interval in measured.items()]
 
@@ -260,29 +293,6 @@ def _shuffled_llm(
     return table, np.asarray((said == test.labels) & test.labelled)
 
 
-def shuffled_llm(model: MLLM, seed: int = 0) -> MLLM:
-    """A copy whose language model's weight matrices have their entries in random places.
-
-    Scale and distribution of every matrix stay as trained; what they compute does not. Norms (and
-    the vision tower, the adapter and the embeddings) stay as they are.
-    """
-    fresh = type(model.module)(copy.deepcopy(model.config))
-    fresh.load_state_dict(
-        {k: v for k, v in model.module.state_dict().items() if k in fresh.state_dict()}
-    )
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for block in module_at(fresh, model.family.language.blocks):  # type: ignore[attr-defined]
-            for parameter in block.parameters():
-                if parameter.ndim > 1:
-                    flat = parameter.flatten()
-                    order = torch.randperm(len(flat), generator=generator)
-                    parameter.copy_(flat[order.to(flat.device)].view_as(parameter))
-    return MLLM(
-        fresh.to(model.device, next(model.module.parameters()).dtype).eval(), model.processor
-    )
-
-
 def label(stage: str) -> str:
     """A stage's name for people: "vision 1", "adapter out", "LLM 3"."""
     if stage.startswith("adapter."):
@@ -291,13 +301,6 @@ def label(stage: str) -> str:
         return "vision embedding"
     number = stage.split(".")[-2]
     return f"vision {number}" if stage.startswith("vision.") else f"LLM {number}"
-
-
-def on_path(stage: str, model: MLLM) -> bool:
-    """Whether the language model can see what is at this stage."""
-    if not stage.startswith("vision.blocks."):
-        return True
-    return int(stage.split(".")[2]) <= int(model.adapter_reads.split(".")[2])
 
 
 def _kind(stage: str) -> str:

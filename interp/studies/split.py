@@ -81,7 +81,8 @@ class Split:
             purity.append(x.grid.purity(masks, n_classes).reshape(shape))
             batches.append(x)
         marks = None
-        if hasattr(samples[0], "marks"):
+        # marks are known by drawn patch; they are the model's tokens only if the grids agree
+        if hasattr(samples[0], "marks") and samples[0].marks.shape == batches[0].grid.shapes[0]:
             marks = np.stack([sample.marks.reshape(-1) for sample in samples])
         return cls(
             name=f"{data.name}/{data.split}",
@@ -148,6 +149,15 @@ class Split:
     def edges(self, where: np.ndarray) -> list[EdgeSet]:
         """One `EdgeSet` a batch from `[n_images, dst, src]` bool over tokens."""
         return [x.grid.edges_where(where[at]) for x, at in self.slices()]
+
+    def per_query(self, edges: Sequence[EdgeSet]) -> np.ndarray:
+        """How many edges each token has as a query, `[n_images, n_tokens]`; one set a batch."""
+        counts = []
+        for x, found in zip(self.batches, edges, strict=True):
+            at = np.zeros((found.n_batch, found.n_pos), dtype=np.int64)
+            np.add.at(at, (found.row, found.dst), 1)
+            counts.append(at[x.grid.row, x.grid.position].reshape(len(x), -1))
+        return np.concatenate(counts)
 
     def read(
         self,

@@ -28,7 +28,9 @@ from interp.report import write_report
 from interp.runs import RunFolder
 from interp.studies import heads as heads_study
 from interp.studies import knockout as knockout_study
+from interp.studies.bidirectional import TITLE as BIDIRECTIONAL
 from interp.studies.bidirectional import bidirectional, opened
+from interp.studies.conditions import anchor_edges
 from interp.studies.recovery import Baseline, recovery
 from interp.studies.result import Result, untestable
 from interp.studies.split import Split
@@ -97,16 +99,17 @@ def study(
         base, results = recovery(
             probe, test, test_data.classes, seed=a.seed, on_batch=step("1 recovery", 2 * both)
         )
-        for name, module, claim in (
-            ("2 knockout", knockout_study, knockout_study.knockout),
-            ("3 heads", heads_study, heads_study.heads),
+        cuts = knockout_study.passes(model, test.marks is not None)
+        for name, title, claim, n_images in (
+            ("2 knockout", knockout_study.TITLE, knockout_study.knockout, cuts * a.n_test),
+            ("3 heads", heads_study.TITLE, heads_study.heads, heads_study.passes() * a.n_test),
+            ("4 bidirectional", BIDIRECTIONAL, bidirectional, both),
         ):
-            progress = step(name, a.n_test * module.passes(model.cfg.n_layers))
+            progress = step(name, n_images)
             try:
                 results.append(claim(base, seed=a.seed, on_batch=progress))
             except Untestable as why:
-                results.append(untestable(module.TITLE, str(why)))
-        results.append(bidirectional(base, seed=a.seed, on_batch=step("4 bidirectional", both)))
+                results.append(untestable(title, str(why)))
 
     summary = _summary(base, results, arguments, test_data)
     for result in results:
@@ -158,7 +161,7 @@ def _summary(
 def _tokens(base: Baseline) -> pd.DataFrame:
     """What the probes say of every token of the first scenes: before, after, cut, opened."""
     test, n = base.test, min(N_PICTURES, len(base.test))
-    _, anchors = knockout_study.anchor_edges(base)
+    _, anchors = anchor_edges(base)
     edges = test.edges(anchors)
     said = {
         "adapter": base.predicted[base.reference],

@@ -19,7 +19,7 @@ LATER = EdgeSet.of([(0, 4, 2)], 1, 6)
 
 
 def book(*edits, **options) -> MaskBook:
-    return MaskBook(edits, 3, 4, 1, 6, **options)
+    return MaskBook(edits, 3, 4, np.ones((1, 6), dtype=bool), **options)
 
 
 def apply(*edits, base=None, layer=0, **options):

@@ -98,6 +98,19 @@ def test_targets_are_answers_only(tokenizer):
     assert ids.shape == targets.shape
 
 
+def test_a_narrow_question_looks_at_its_row_alone(tokenizer):
+    questions = tq.questions_of(SCENE, tokenizer)[:3]
+    mask = tq.pack([questions], narrow=[[None, 0, None]])[3][0, 0]
+    wide = tq.pack([questions])[3][0, 0]
+    lengths = [len(q) + len(a) for q, a in questions]
+    narrow = torch.arange(105 + lengths[0], 105 + lengths[0] + lengths[1])
+    changed = (mask != wide).nonzero()
+    assert changed[:, 0].unique().tolist() == narrow.tolist()
+    # Row 0 is image tokens 0 .. 9, at positions 5 .. 14; the other ninety are hidden.
+    assert changed[:, 1].unique().tolist() == list(range(15, 105))
+    assert not mask[changed[:, 0], changed[:, 1]].any()
+
+
 def test_the_run_writes_a_model_that_plain_transformers_loads(trained):
     model = AutoModelForImageTextToText.from_pretrained(trained)
     processor = AutoProcessor.from_pretrained(trained)

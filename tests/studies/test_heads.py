@@ -45,7 +45,8 @@ def test_head_totals_are_the_sum_over_sources(result):
 def test_cutting_all_heads_is_the_whole_knockout(base, result):
     """All heads by name cut the same as no heads named, on the images heads are tested on."""
     from interp.edits import Knockout
-    from interp.studies.knockout import anchor_edges, share_gone
+    from interp.studies.conditions import anchor_edges
+    from interp.studies.knockout import share_gone
 
     queries, anchors = anchor_edges(base)
     queries[: len(queries) // 2] = False

@@ -9,7 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
 
-from interp.studies.recovery import label, on_path, shuffled_llm
+from interp.studies.controls import random_projection, shuffled_llm
+from interp.studies.recovery import label
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +60,16 @@ def test_shuffled_control_changes_only_the_language_models_matrices(tiny):
         assert torch.equal(before[k].flatten().sort().values, after[k].flatten().sort().values)
 
 
-def test_names_and_path(tiny):
+def test_names_and_path(recovered, tiny):
     assert label("blocks.3.hook_resid_post") == "LLM 3"
     assert label("vision.blocks.1.hook_resid_post") == "vision 1"
-    assert on_path(tiny.adapter_reads, tiny)
+    on_path = recovered[1][0].tables["stages"].set_index("stage").on_path
+    assert on_path[tiny.adapter_reads].all()
     last = f"vision.blocks.{tiny.cfg.n_vision_layers - 1}.hook_resid_post"
-    assert not on_path(last, tiny)
+    assert not on_path[last].any()
+
+
+def test_random_projection_keeps_lengths_within_it():
+    down = random_projection(7, 3, seed=0)
+    torch.testing.assert_close(down.T @ down, torch.eye(3))
+    assert random_projection(3, 3, seed=0) is None
