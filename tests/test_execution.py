@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from interp import Knockout
-from interp.errors import NotRead
+from interp.errors import EmptyRow, NotRead
 from interp.execution import execute
 from tests.conftest import random_inputs
 
@@ -206,3 +206,33 @@ def test_gradients_flow_through_a_bare_trace(rand, rx):
     moved = rand.run_with_hooks(rx, fwd_hooks=[(name, lambda p, hook: p + step * direction)])
     slope = float(moved[0, -1, 7] - value) / step
     assert slope == pytest.approx(float((gradient * direction).sum()), rel=0.02, abs=1e-3)
+
+
+@pytest.mark.parametrize("wrong", [lambda v, hook: v[:, :1], lambda v, hook: 0.0])
+def test_a_result_of_another_shape_is_refused(rand, rx, wrong):
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attn\.hook_pattern' returned .* is \[1, 6,"):
+        rand.run_with_hooks(rx, fwd_hooks=[("blocks.0.attn.hook_pattern", wrong)])
+
+
+def test_a_mask_function_may_not_empty_a_row(rand, rx):
+    with pytest.raises(EmptyRow, match="no key to attend to"):
+        rand.run_with_hooks(rx, fwd_hooks=[("blocks.0.attn.hook_mask", lambda m, hook: m & False)])
+
+
+def test_placeholders_are_no_image_tokens(rand, rx):
+    with pytest.raises(ValueError, match=r"read adapter\.hook_out"):
+        rand.run(rx, read="hook_embed").tokens("hook_embed")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m, x: m.run(x.tensors), "model.prepare"),
+        (lambda m, x: m.run(x, "blocks.0.hook_resid_pre"), "pass read="),
+        (lambda m, x: m.run(x, [Knockout(x.grid.edges(src=1, dst=5))]), r"as \*edits"),
+        (lambda m, x: m.run_with_hooks(x, x.grid.edges(src=1, dst=5)), "is no edit"),
+    ],
+)
+def test_slips_of_the_first_day_are_told(rand, rx, call, says):
+    with pytest.raises(TypeError, match=says):
+        call(rand, rx)

@@ -39,9 +39,11 @@ def test_the_script_for_ones_own_pictures_runs_on_the_bundled_model(tmp_path):
     assert np.asarray(names["labels"]).shape == (200,)
 
 
-def test_the_table_is_the_committed_studys():
+@pytest.mark.parametrize("page", ["README.md", "interp/assets/tiny/README.md"])
+def test_the_table_is_the_committed_studys(page):
     summary = json.loads((ROOT / "results/tiny/summary.json").read_text())
-    written = re.search(r"<!-- findings:.*?-->\n(.*?)<!-- /findings -->", README, re.S)
+    text = (ROOT / page).read_text()
+    written = re.search(r"<!-- findings:.*?-->\n(.*?)<!-- /findings -->", text, re.S)
     assert written
     assert written[1] == markdown_table(summary)
 

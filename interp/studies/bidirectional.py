@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-import torch
 
 from interp.edits import Unmask
+from interp.errors import Untestable
 from interp.stats import Interval, bootstrap, ratio
 from interp.studies.recovery import Baseline, fit_bank
 from interp.studies.result import Finding, Result, difference, points, rate
@@ -59,10 +59,12 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
     early_against_late, per_error = _early_against_late(test, right, seed)
     early, late = gains[("early", "refitted - causal")], gains[("late", "refitted - causal")]
     holds = early.low > 0 and early_against_late.low > 0 and per_error.low > 0
+    starved = _gain_of_starved(base, right, seed)
     text = (
         f"Seeing the picture both ways changes the accuracy of the early third by {points(early)} "
         f"points and of the late third by {points(late)} (probes refitted); early minus late: "
-        f"{points(early_against_late)}."
+        f"{points(early_against_late)}. Misclassified tokens with no earlier anchor gain "
+        f"{points(starved)}."
     )
     finding = Finding(
         TITLE,
@@ -83,7 +85,11 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
         ),
         "dose": _dose(base, right, seed),
     }
-    figures = {"early_minus_late": early_against_late, "early_minus_late_per_error": per_error}
+    figures = {
+        "starved_gain": starved,
+        "early_minus_late": early_against_late,
+        "early_minus_late_per_error": per_error,
+    }
     return Result(finding, tables, figures)
 
 
@@ -138,6 +144,22 @@ def _early_against_late(
     )
 
 
+def _gain_of_starved(base: Baseline, right: dict[str, np.ndarray], seed: int) -> Interval:
+    """Accuracy gain, probes refitted, of misclassified tokens that have no earlier anchor."""
+    among = base.wrong(base.reference) & (_n_anchors(base) == 0)
+    if not among.any():
+        raise Untestable("every misclassified token has an earlier anchor")
+    opened_, causal = (base.test.counts(right[name], among) for name in (REFITTED, CAUSAL))
+    return difference(opened_, causal, seed)
+
+
+def _n_anchors(base: Baseline) -> np.ndarray:
+    """`[n_images, n_tokens]` how many earlier tokens of its region are right at the reference."""
+    test = base.test
+    anchors = base.right(base.reference)[:, None, :] & test.same_region & test.earlier
+    return np.asarray(anchors.sum(2))
+
+
 def _positions(test: Split, right: dict[str, np.ndarray], seed: int) -> pd.DataFrame:
     """Accuracy by grid row, in every condition."""
     row_of = np.arange(test.n_tokens) // test.shape[1]
@@ -153,10 +175,7 @@ def _dose(base: Baseline, right: dict[str, np.ndarray], seed: int) -> pd.DataFra
     """Accuracy of initially wrong tokens by their number of earlier anchors."""
     test = base.test
     wrong = base.wrong(base.reference)
-    safe = torch.from_numpy(test.labels)
-    same_class = (safe[:, :, None] == safe[:, None, :]).numpy()
-    anchors = base.right(base.reference)[:, None, :] & test.same_region & same_class & test.earlier
-    n_anchors = anchors.sum(2)
+    n_anchors = _n_anchors(base)
     table = []
     for order, (low, high, name) in enumerate(DOSES):
         among = wrong & (n_anchors >= low) & (n_anchors <= high)

@@ -129,10 +129,10 @@ NOTHING = EdgeSet.of([], 1, 6)
 @pytest.mark.parametrize(
     ("edits", "says"),
     [
-        ([Unmask(EDGES)], "it holds 2 edges and every one was open already; pass strict=False"),
-        ([Unmask(LATER), Unmask(LATER)], "1 edges and every one was open"),
-        ([Knockout(NOTHING)], "it holds 0 edges"),
-        ([Unmask(NOTHING)], "it holds 0 edges"),
+        ([Unmask(EDGES)], "every edge was open already; pass strict=False"),
+        ([Unmask(LATER), Unmask(LATER)], "every edge was open already"),
+        ([Knockout(NOTHING)], "it holds no edges"),
+        ([Unmask(NOTHING)], "it holds no edges"),
     ],
 )
 def test_edit_without_effect_raises_unless_lax(edits, says):
@@ -143,24 +143,35 @@ def test_edit_without_effect_raises_unless_lax(edits, says):
 
 
 @pytest.mark.parametrize(
-    "edits",
+    ("edits", "why"),
     [
-        [Knockout(LATER)],
-        [Knockout(EDGES | LATER)],
-        [Knockout(EDGES), Knockout(EDGES)],
-        [Knockout(EDGES, heads=0), Knockout(EDGES, heads=[0, 1])],
+        ([Knockout(LATER)], r"src comes after dst, and edges\.causal\(\) drops"),
+        ([Knockout(EDGES | LATER)], "src comes after dst"),
+        ([Knockout(EDGES), Knockout(EDGES)], "an earlier edit of this run"),
+        ([Knockout(EDGES, heads=0), Knockout(EDGES, heads=[0, 1])], "an earlier edit"),
     ],
 )
 @pytest.mark.parametrize("strict", [True, False])
-def test_cutting_a_closed_edge_raises(edits, strict):
-    with pytest.raises(EdgeError, match=r"closed already, the first is src=\d -> dst=\d in row 0"):
+def test_cutting_a_closed_edge_raises(edits, why, strict):
+    says = rf"closed already.*the first is src=\d -> dst=\d in row 0: {why}"
+    with pytest.raises(EdgeError, match=says):
         apply(*edits, strict=strict)
 
 
-def test_padding_counts_as_closed(rand, rx2):
+@pytest.mark.parametrize("edit", [Knockout, Unmask])
+def test_padding_can_neither_be_cut_nor_seen(rand, rx2, edit):
     into_padding = EdgeSet.of([(1, 0, 12)], 2, rx2.n_pos)  # row 1 begins with 3 padding positions
-    with pytest.raises(EdgeError, match="src=0 -> dst=12 in row 1"):
-        rand.run(rx2, Knockout(into_padding))
+    with pytest.raises(EdgeError, match="have a src that is padding, the first in row 1"):
+        rand.run(rx2, edit(into_padding))
+
+
+def test_an_edit_after_everything_that_is_read_is_refused(rand, rx):
+    edges = rx.grid.edges(src=1, dst=5)
+    early = "blocks.0.hook_resid_post"
+    with pytest.raises(EditHadNoEffect, match="acts from layer 2 on, after everything"):
+        rand.run(rx, Knockout(edges, layers=2), read=early, logits=False)
+    rand.run(rx, Knockout(edges, layers=[0, 2]), read=early, logits=False)
+    rand.run(rx, Knockout(edges, layers=2), read=early)  # the logits see it
 
 
 @pytest.mark.parametrize(
