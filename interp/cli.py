@@ -11,13 +11,16 @@ option `-d`: nnsight reads the arguments of the process for its own debug mode.)
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
 from interp import __version__
 from interp.errors import InterpError
+
+if TYPE_CHECKING:
+    from interp.model import MLLM
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
@@ -53,14 +56,13 @@ def study(
     """Run the paper's four experiments on a model and write tables, probes and a report."""
     import torch
 
-    from interp.model import MLLM
     from interp.report.text import findings_table
     from interp.studies.study import StudyArguments
     from interp.studies.study import study as run_study
 
     arguments = StudyArguments(model=model, n_probe=n_probe, n_test=n_test, seed=seed)
     try:
-        loaded = MLLM.load(model, device=device, dtype=dtype)
+        loaded = _load(model, device=device, dtype=dtype)
         if threads or loaded.n_parameters < SMALL:
             torch.set_num_threads(threads or 1)
         summary = run_study(loaded, out, arguments, overwrite=overwrite)
@@ -89,15 +91,23 @@ def hooks(
     pattern: Annotated[str, typer.Argument(help="Which hooks.")] = "*",
 ) -> None:
     """List a model's hooks in execution order, with the axes of the tensor there."""
-    from interp.model import MLLM
-
     try:
-        loaded = MLLM.load(model)
+        loaded = _load(model)
         names = loaded.hooks.expand(pattern)
     except InterpError as error:
         _fail(error)
     for name in names:
         console.print(f"{name:<44}{loaded.hooks.shape(name)}", highlight=False)
+
+
+def _load(model: str, **options: Any) -> MLLM:
+    """The model, without transformers' bar for each file."""
+    from transformers.utils import logging
+
+    from interp.model import MLLM
+
+    logging.disable_progress_bar()
+    return MLLM.load(model, **options)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -6,12 +6,16 @@ import json
 
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
+from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from typer.testing import CliRunner
 
+from interp import MLLM
 from interp.cli import app
+from interp.loading import BUNDLED
 from interp.probes import ProbeBank
-from interp.studies.study import KEYS
+from interp.studies.study import KEYS, StudyArguments, study
 
 SMALL = ["--n-probe", "30", "--n-test", "12"]
 
@@ -82,3 +86,31 @@ def test_hooks_are_listed():
     assert done.exit_code == 0
     assert "blocks.2.attn.hook_pattern" in done.output
     assert "batch head query key" in done.output
+
+
+def test_another_llava_of_another_grid_in_bfloat16(tiny, tmp_path):
+    """Random weights, 5 x 5 tokens, grouped-query heads: claims without evidence are said to be
+    untestable, and the page is written all the same."""
+    config = type(tiny.config).from_pretrained(BUNDLED["tiny"])
+    config.vision_config.image_size, config.image_seq_length = 40, 25
+    config.text_config.num_key_value_heads = 2
+    torch.manual_seed(0)
+    module = type(tiny.module)(config)
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(
+            size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40}
+        ),
+        tokenizer=AutoProcessor.from_pretrained(BUNDLED["tiny"]).tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tiny.processor.chat_template,
+    )
+    model = MLLM.load(module, processor=processor, dtype="bfloat16")
+    arguments = StudyArguments(model="random", n_probe=16, n_test=10, batch_size=5)
+    summary = study(model, tmp_path / "run", arguments, quiet=True)
+    assert summary["grid"] == [5, 5]
+    knockout = summary["findings"]["knockout"]
+    assert knockout["holds"] is False
+    assert knockout["text"].startswith("Not testable here")
+    assert "Not testable here" in (tmp_path / "run/report.html").read_text()
