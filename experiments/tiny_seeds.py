@@ -49,8 +49,8 @@ IMAGE = slice(tq.N_PREFIX, tq.N_PREFIX + T)
 class Split:
     """Labels, regions and marks of a split's scenes, a row of patches in raster order each."""
 
-    def __init__(self, name: str, n: int) -> None:
-        drawn = list(scenes(name, n))
+    def __init__(self, name: str, n: int, first: int = 0) -> None:
+        drawn = list(scenes(name)[first : first + n])
         self.scenes = drawn
         self.pixels = torch.stack([pixels_of(s.image) for s in drawn])
         self.labels = torch.tensor(np.stack([tq.cell_labels(s).ravel() for s in drawn]))
@@ -188,10 +188,11 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--probe-scenes", type=int, default=500)
     parser.add_argument("--test-scenes", type=int, default=300)
+    parser.add_argument("--test-from", type=int, default=0, help="first test scene")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    probe, test = Split("probe", args.probe_scenes), Split("test", args.test_scenes)
+    probe, test = Split("probe", args.probe_scenes), Split("test", args.test_scenes, args.test_from)
     for folder in args.folders:
         report(folder, probe, test)
 

@@ -148,8 +148,8 @@ class MLLM(Instrumented):
             names_filter: glob, names or predicate; None caches every hook but `hook_result`, which
                 holds `[batch, pos, head, d_model]` a layer.
         """
-        default = lambda name: not name.endswith("hook_result")  # noqa: E731
-        run = self.run(x, *edits, read=default if names_filter is None else names_filter)
+        wanted = _all_but_results if names_filter is None else names_filter
+        run = self.run(x, *edits, read=wanted)
         assert run.logits is not None
         return run.logits, ActivationCache(run.states, self)
 
@@ -178,6 +178,10 @@ class MLLM(Instrumented):
             ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]
         new = ids[:, x.n_pos :]
         return list(processor.batch_decode(new, skip_special_tokens=True))
+
+
+def _all_but_results(name: str) -> bool:
+    return not name.endswith("hook_result")
 
 
 def _check_call(x: Any, edits: Sequence[Any]) -> None:
