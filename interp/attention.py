@@ -9,6 +9,8 @@ touching family code. It does one of two things:
 * somebody looks at the scores or the pattern (`interp.points.watched`): it writes attention out,
   with a HookPoint at each step, so that what is edited there is what flows on.
 
+Packed towers (the Qwen-VL families) have a function of their own, `packed_attention`.
+
 Masks are boolean here, True = may attend, or None where SDPA's causal flag does the work. A row
 with no key left gives a pattern of zeros (SDPA does the same), never NaN.
 """
@@ -24,9 +26,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from interp.errors import EmptyRow
+from interp.families.base import Family, module_at
 from interp.points import watched
 
 NAME = "interp"
+#: with "flash" in it, so that packed towers hand over their row whole (see `packed_attention`)
+PACKED_NAME = "interp_flash_packed"
 
 
 def hooked_attention(
@@ -66,15 +71,9 @@ def hooked_attention(
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if watched(module.hook_mask):
-        mask = bool_mask(attention_mask, query, key, is_causal)
-        # a copy of its own, by head: the same tensor serves every layer, and an edit of this
-        # layer must not leak into the next
-        attention_mask = module.hook_mask(mask.expand(*query.shape[:2], -1, -1).clone())
-        if (mask.any(-1) & ~attention_mask.any(-1)).any():
-            raise EmptyRow(
-                f"an edit at {module.hook_mask.name!r} leaves queries with no key to attend to"
-            )
-    if watched(module.hook_attn_scores) or watched(module.hook_pattern):
+        attention_mask = _fire_mask(module, query, key, attention_mask, is_causal)
+    softcap = kwargs.get("softcap")  # which no SDPA kernel knows
+    if watched(module.hook_attn_scores) or watched(module.hook_pattern) or softcap is not None:
         z = _written_out(
             module, query, key, value, attention_mask, scaling, dropout, is_causal, kwargs
         )
@@ -83,6 +82,74 @@ def hooked_attention(
             module, query, key, value, attention_mask, dropout, scaling, **kwargs
         )
     return (module.hook_z(z) if watched(module.hook_z) else z), None
+
+
+def packed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    *,
+    cu_seq_lens_q: Tensor,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention over one row of patches, of which each attends to its own chunk only.
+
+    The Qwen vision towers pack all pictures (in windowed layers: all windows) into one row. Given
+    any other function they call it once a chunk; under a name with "flash" in it they hand over the
+    whole row with the chunks' borders, `cu_seq_lens_q` `[n_chunks + 1]`. So the hooks here see one
+    tensor. Where nobody looks at scores, pattern or mask, the chunks go one by one through SDPA, as
+    in the stock model; otherwise the chunks are the blocks of a mask.
+
+    Args: as `hooked_attention`; the batch is 1.
+    """
+    kwargs = {"is_causal": False}
+    if not hasattr(module, "hook_z"):
+        raise TypeError(f"{type(module).__name__} has no HookPoints: points.attach was not called")
+    if watched(module.hook_rot_q):
+        query = module.hook_rot_q(query.transpose(1, 2)).transpose(1, 2)
+    if watched(module.hook_rot_k):
+        key = module.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
+    lengths = cu_seq_lens_q.diff()
+    chunk = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
+    mask = None
+    if watched(module.hook_mask):
+        blocks = (chunk[:, None] == chunk)[None, None]
+        mask = _fire_mask(module, query, key, blocks, False)
+        mask = None if mask is blocks else mask
+    if watched(module.hook_attn_scores) or watched(module.hook_pattern):
+        mask = (chunk[:, None] == chunk)[None, None] if mask is None else mask
+        z = _written_out(module, query, key, value, mask, scaling, dropout, False, kwargs)
+    elif mask is not None:
+        z, _ = sdpa_attention_forward(module, query, key, value, mask, dropout, scaling, **kwargs)
+    else:
+        chunks = zip(*(x.split(lengths.tolist(), dim=2) for x in (query, key, value)), strict=True)
+        parts = [
+            sdpa_attention_forward(module, *qkv, None, dropout, scaling, **kwargs)[0]
+            for qkv in chunks
+        ]
+        z = torch.cat(parts, dim=1)
+    return (module.hook_z(z) if watched(module.hook_z) else z), None
+
+
+def _fire_mask(
+    module: Any, query: Tensor, key: Tensor, attention_mask: Tensor | None, is_causal: bool
+) -> Tensor | None:
+    """The mask after its point; the very one that came if nothing there was edited."""
+    mask = bool_mask(attention_mask, query, key, is_causal)
+    # a copy of its own, by head: the same tensor serves every layer, and an edit of this layer
+    # must not leak into the next
+    edited: Tensor = module.hook_mask(mask.expand(*query.shape[:2], -1, -1).clone())
+    if torch.equal(edited, mask.expand_as(edited)):
+        return attention_mask  # so that looking leaves the kernel, and the last bit, alone
+    if (mask.any(-1) & ~edited.any(-1)).any():
+        raise EmptyRow(
+            f"an edit at {module.hook_mask.name!r} leaves queries with no key to attend to"
+        )
+    return edited
 
 
 def _written_out(
@@ -96,7 +163,7 @@ def _written_out(
     is_causal: bool,
     kwargs: dict[str, Any],
 ) -> Tensor:
-    unknown = [k for k in ("softcap", "position_bias", "s_aux") if kwargs.get(k) is not None]
+    unknown = [k for k in ("position_bias", "s_aux") if kwargs.get(k) is not None]
     if unknown or dropout:
         raise NotImplementedError(
             f"{module.hook_z.name}: attention with {', '.join(unknown) or 'dropout'} cannot be "
@@ -104,6 +171,8 @@ def _written_out(
         )
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    if (softcap := kwargs.get("softcap")) is not None:  # Gemma 2
+        scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         scores = scores + attention_mask
     else:
@@ -157,8 +226,13 @@ def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
-def register(model: nn.Module) -> None:
-    """Make the function known to transformers and switch every tower of `model` to it."""
-    AttentionInterface.register(NAME, hooked_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+def register(model: nn.Module, family: Family) -> None:
+    """Make the functions known to transformers and switch every tower of `model` to them."""
+    for name, function in ((NAME, hooked_attention), (PACKED_NAME, packed_attention)):
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if family.vision.packed:
+        block: Any = module_at(model, family.vision.blocks)[0]  # type: ignore[index]
+        attention = module_at(block, family.vision.names.part("attn"))
+        attention.config._attn_implementation = PACKED_NAME  # type: ignore[union-attr]

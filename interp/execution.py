@@ -45,7 +45,7 @@ class Run:
     logits: Tensor | None
     receipts: Receipts
     grid: TokenGrid
-    image_tokens: Callable[[str, Tensor, TokenGrid], Tensor] = field(repr=False)
+    grid_of: Callable[[str], TokenGrid] = field(repr=False)
 
     def __repr__(self) -> str:
         logits = "no logits" if self.logits is None else f"logits {list(self.logits.shape)}"
@@ -66,10 +66,11 @@ class Run:
     def tokens(self, name: str) -> Tensor:
         """The state's image tokens, `[n_images, n_tokens, d]`, in grid order.
 
-        For the vision tower that is the state without its CLS token, for the language model the
-        positions of the image placeholders.
+        For the language model those are the positions of the image placeholders, for the vision
+        tower its patches without CLS: as many as image tokens, or four times as many where the
+        adapter merges. `run.grid_of(name)` is the grid they are counted in.
         """
-        return self.image_tokens(canonical(name), self[name], self.grid)
+        return self.grid_of(name).gather(self[name])
 
 
 #: a step just before the value at a rank is made, and one just after the reads there
@@ -125,7 +126,9 @@ def execute(
         else:
             tracer.stop()
     receipts.sort(key=lambda receipt: receipt.layer)
-    return Run(states, out.get("logits"), Receipts(receipts), x.grid, model.image_tokens)
+    return Run(
+        states, out.get("logits"), Receipts(receipts), x.grid, lambda name: model.grid_of(name, x)
+    )
 
 
 def _reaches_a_read(model: Instrumented, edits: Sequence[MaskEdit], read: Sequence[str]) -> None:
@@ -196,7 +199,7 @@ def _same_shape(name: str, edited: Any, value: Tensor) -> None:
 def _not_only_placeholders(before: Tensor, after: Tensor, x: Inputs) -> None:
     """`hook_embed` at image positions is overwritten by the adapter's output."""
     changed = (before != after).any(-1).cpu().numpy()
-    if changed.any() and not (changed & ~x.grid.is_image).any():
+    if changed.any() and not (changed & ~x.grid.is_placeholder).any():
         raise EditHadNoEffect(
             "an edit of hook_embed at image tokens only cannot reach the logits: placeholders are "
             "overwritten by the adapter's output; edit adapter.hook_out"

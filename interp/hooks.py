@@ -8,7 +8,15 @@ vision tower's and the adapter's carry a prefix and then the same suffixes::
     vision.blocks.0.attn.hook_z         vision tower, per-head output     [image, pos, head, d_head]
     adapter.hook_out                    the image tokens the LLM is given [image, token, d_model]
 
-One name is ours: `attn.hook_mask`, bool, True where a query may attend to a key.
+The axis `image` counts what the vision tower takes as one row of its batch: a picture, a tile of
+one (LLaVA-NeXT, InternVL, Idefics3), or all pictures together in a single row of patches, of which
+each attends to its own picture or window only (the Qwen-VL families).
+
+Two names are ours: `attn.hook_mask`, bool, True where a query may attend to a key, and
+`deepstack.{k}.hook_out`, what Qwen3-VL adds to the image tokens after language block k.
+
+Some suffixes exist only where the family has the part (`OPTIONAL_HOOKS`): rotated queries and keys,
+the second factor of a gated MLP, the norms that Gemma puts *behind* attention and MLP.
 
 Three things are decided here and nowhere else: which names a model has (`Vocabulary`), in which
 order the forward pass reaches them (nnsight wants its accesses in that order), and what a pattern
@@ -26,7 +34,7 @@ that matches nothing raises and names the nearest hooks: a hook that cannot fire
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 
 from interp.errors import UnknownHook, nearest
@@ -47,16 +55,31 @@ BLOCK_HOOKS: dict[str, str] = {
     "attn.hook_pattern": "batch head query key",
     "attn.hook_z": "batch pos head d_head",
     "attn.hook_result": "batch pos head d_model",
+    "ln1_post.hook_scale": "batch pos 1",
+    "ln1_post.hook_normalized": "batch pos d_model",
     "hook_attn_out": "batch pos d_model",
     "hook_resid_mid": "batch pos d_model",
     "ln2.hook_scale": "batch pos 1",
     "ln2.hook_normalized": "batch pos d_model",
     "mlp.hook_pre": "batch pos d_mlp",
+    "mlp.hook_pre_linear": "batch pos d_mlp",
     "mlp.hook_post": "batch pos d_mlp",
+    "ln2_post.hook_scale": "batch pos 1",
+    "ln2_post.hook_normalized": "batch pos d_model",
     "hook_mlp_out": "batch pos d_model",
     "hook_resid_post": "batch pos d_model",
 }
-ROTARY_HOOKS = ("attn.hook_rot_q", "attn.hook_rot_k")
+#: Parts that only some blocks have, with their suffixes.
+OPTIONAL_HOOKS: dict[str, tuple[str, ...]] = {
+    "rotary": ("attn.hook_rot_q", "attn.hook_rot_k"),
+    "gated": ("mlp.hook_pre_linear",),
+    "post_norms": (
+        "ln1_post.hook_scale",
+        "ln1_post.hook_normalized",
+        "ln2_post.hook_scale",
+        "ln2_post.hook_normalized",
+    ),
+}
 
 #: TransformerLens's own spellings of the towers, accepted everywhere a name is.
 #: The first that fits counts.
@@ -64,6 +87,12 @@ ALIASES = {
     "vision_encoder.encoder_layers.": "vision.blocks.",
     "vision_encoder.": "vision.",
     "vision_projector.": "adapter.",
+}
+
+#: The norm behind the last block.
+FINAL_NORM = {
+    "ln_final.hook_scale": "batch pos 1",
+    "ln_final.hook_normalized": "batch pos d_model",
 }
 
 Pattern = str | Iterable[str] | Callable[[str], bool]
@@ -75,9 +104,10 @@ class Vocabulary:
     Args:
         n_layers: blocks of the language model.
         n_vision_layers: blocks of the vision tower.
-        rotary: whether the language model rotates its queries and keys (then it has
-            `attn.hook_rot_q` and `attn.hook_rot_k`).
-        vision_rotary: the same of the vision tower.
+        parts: which of `OPTIONAL_HOOKS` the language model's blocks have.
+        vision_parts: the same of the vision tower's.
+        deepstack: vision blocks behind which an extra merger reads, in the order of the mergers.
+        vision_ln_final: whether the adapter reads the vision tower through a final norm.
     """
 
     def __init__(
@@ -85,23 +115,26 @@ class Vocabulary:
         n_layers: int,
         n_vision_layers: int,
         *,
-        rotary: bool = True,
-        vision_rotary: bool = False,
+        parts: Iterable[str] = ("rotary", "gated"),
+        vision_parts: Iterable[str] = (),
+        deepstack: Sequence[int] = (),
+        vision_ln_final: bool = False,
     ) -> None:
         shapes = {"hook_embed": "batch pos d_model", "vision.hook_embed": "image pos d_model"}
         for layer in range(n_vision_layers):
-            for suffix, shape in BLOCK_HOOKS.items():
-                if vision_rotary or suffix not in ROTARY_HOOKS:
-                    shapes[f"vision.blocks.{layer}.{suffix}"] = shape.replace("batch", "image")
+            for suffix, shape in _block_hooks(vision_parts).items():
+                shapes[f"vision.blocks.{layer}.{suffix}"] = shape.replace("batch", "image")
+            if layer in deepstack:
+                merger = deepstack.index(layer)
+                shapes[f"deepstack.{merger}.hook_out"] = "image token d_model"
+        if vision_ln_final:
+            shapes |= {f"vision.{k}": v.replace("batch", "image") for k, v in FINAL_NORM.items()}
         shapes["adapter.hook_in"] = "image token d_vision"
         shapes["adapter.hook_out"] = "image token d_model"
         for layer in range(n_layers):
-            for suffix, shape in BLOCK_HOOKS.items():
-                if rotary or suffix not in ROTARY_HOOKS:
-                    shapes[f"blocks.{layer}.{suffix}"] = shape
-        shapes["ln_final.hook_scale"] = "batch pos 1"
-        shapes["ln_final.hook_normalized"] = "batch pos d_model"
-        self.shapes = shapes
+            for suffix, shape in _block_hooks(parts).items():
+                shapes[f"blocks.{layer}.{suffix}"] = shape
+        self.shapes = shapes | FINAL_NORM
 
     @cached_property
     def names(self) -> list[str]:
@@ -174,6 +207,11 @@ class Vocabulary:
                 f"{nearest(name.replace('*', '0'), self.names)}"
             )
         return found
+
+
+def _block_hooks(parts: Iterable[str]) -> dict[str, str]:
+    missing = [s for part, names in OPTIONAL_HOOKS.items() if part not in set(parts) for s in names]
+    return {suffix: shape for suffix, shape in BLOCK_HOOKS.items() if suffix not in missing}
 
 
 def canonical(name: str) -> str:

@@ -1,9 +1,11 @@
-"""From pictures and a question to what the model takes, with the grid of its image tokens.
+"""From pictures and a question to what the model takes, with the grids of its image tokens.
 
 `prepare` (called as `model.prepare`) hands pictures and text to the model's own processor: the
-prompt goes through its chat template if it has one, the placeholder is expanded to as many tokens
-as the picture gives, batches are padded. What comes back is an `Inputs`: the tensors for the
-forward pass, and the `TokenGrid` that says where each image token came from.
+prompt goes through its chat template if it has one, each placeholder is expanded to as many tokens
+as its picture gives, batches are padded on the tokenizer's side. What comes back is an `Inputs`:
+the tensors for the forward pass, and the grids that say where each image token came from.
+
+`from_tensors` (called as `model.inputs(**tensors)`) makes the same of tensors that are ready.
 
 In a causal language model the image tokens precede the question, so their states do not depend on
 it: one question serves a whole study.
@@ -11,8 +13,9 @@ it: one question serves a whole study.
 
 from __future__ import annotations
 
+import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,13 @@ from torch import Tensor
 
 from interp.errors import ImageError
 from interp.families import Family
+from interp.grids import build_grids
 from interp.tokens import TokenGrid
 
 Picture = Image.Image | np.ndarray | str | os.PathLike[str]
+
+#: inputs that transformers' own forward does without, in the way the layouts take it
+OPTIONAL = ("pixel_attention_mask", "batch_num_images")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +42,17 @@ class Inputs:
 
     Attributes:
         tensors: keyword arguments of the model's forward (`input_ids`, `pixel_values`, ...).
-        grid: its image tokens.
-        prompts: the text of each row, as the processor was given it.
+        grid: its image tokens, in the language model's sequence.
+        prompts: the text of each row, as the processor was given it; empty for ready-made tensors.
+        patches: the same pictures' patches, in the states of the vision tower's blocks.
+        adapter: the same pictures' vectors in `adapter.hook_out`.
     """
 
     tensors: dict[str, Tensor]
     grid: TokenGrid
     prompts: tuple[str, ...]
+    patches: TokenGrid
+    adapter: TokenGrid
 
     def __len__(self) -> int:
         return int(self.tensors["input_ids"].shape[0])
@@ -57,17 +68,21 @@ class Inputs:
 
     @property
     def is_text(self) -> np.ndarray:
-        """`[batch, pos]` bool: tokens of the prompt that are neither image nor padding."""
+        """`[batch, pos]` bool: tokens of the prompt that no picture fills and that are no padding.
+
+        Newline and CLS tokens of a picture are none: they are `grid.fillers`.
+        """
         attended = self.tensors["attention_mask"].cpu().numpy().astype(bool)
-        return np.asarray(attended & ~self.grid.is_image)
+        return np.asarray(attended & ~self.grid.is_placeholder)
 
 
 def prepare(
     family: Family,
     config: Any,
     processor: Any,
-    image: Picture | Sequence[Picture],
+    image: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
     text: str | Sequence[str],
+    **settings: Any,
 ) -> Inputs:
     """Pictures and text to `Inputs`; `model.prepare` passes the first three arguments.
 
@@ -75,31 +90,173 @@ def prepare(
         family: the model's table.
         config: the model's configuration.
         processor: its transformers processor.
-        image: a picture, or a list of pictures: one batch row each.
-        text: the question; one for all pictures, or one a picture. A text that already holds the
-            image placeholder is taken as the whole prompt; any other goes through the chat
-            template.
+        image: a picture; a list of pictures, one batch row each; or a list of lists, the pictures
+            of each row.
+        text: the question; one for all rows, or one a row. A text that already holds image
+            placeholders, one a picture, is taken as the whole prompt; any other goes through the
+            chat template, behind its pictures.
+        settings: of the image processor, for this call (`do_pan_and_scan=True`).
 
     Raises:
         ImageError: something that is no picture.
-        ValueError: as many texts as pictures are needed, or exactly one.
+        ValueError: a wrong number of texts, or of placeholders in one; an unknown setting.
     """
-    pictures = [_picture(one) for one in _listed(image)]
-    texts = [text] * len(pictures) if isinstance(text, str) else list(text)
-    if len(texts) != len(pictures) or not pictures:
+    rows = [[_picture(one) for one in row] for row in _rows(image)]
+    texts = [text] * len(rows) if isinstance(text, str) else list(text)
+    if len(texts) != len(rows) or not rows:
         raise ValueError(
-            f"{len(pictures)} pictures and {len(texts)} texts; give one text for all pictures, or "
+            f"{len(rows)} pictures and {len(texts)} texts; give one text for all pictures, or "
             "one for each"
         )
-    prompts = tuple(_prompt(processor, one) for one in texts)
-    batch = processor(images=pictures, text=list(prompts), return_tensors="pt", padding=True)
-    tensors = {name: batch[name] for name in family.inputs if name in batch}
-    sizes = [picture.size for picture in pictures]
-    grid = family.grid(config, processor, tensors["input_ids"].numpy(), sizes)
-    return Inputs(tensors, grid, prompts)
+    if settings:
+        processor = _with_settings(processor, settings)
+    prompts = tuple(_prompt(processor, one, len(row)) for one, row in zip(texts, rows, strict=True))
+    batch = processor(images=rows, text=list(prompts), return_tensors="pt", padding=True)
+    wanted = (*family.COMMON, *family.inputs)
+    tensors = {name: batch[name] for name in wanted if name in batch}
+    sizes = [picture.size for row in rows for picture in row]
+    return _assemble(family, config, processor, tensors, sizes, None, prompts)
 
 
-def _listed(image: Picture | Sequence[Picture]) -> list[Picture]:
+def from_tensors(
+    family: Family,
+    config: Any,
+    tensors: Mapping[str, Tensor],
+    *,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    tiles: Sequence[tuple[int, int]] | None = None,
+    processor: Any = None,
+) -> Inputs:
+    """Ready-made model inputs to the same `Inputs` that `prepare` makes.
+
+    A missing `attention_mask` is all ones, as in transformers; a missing `mm_token_type_ids` is 1
+    on image placeholders and 0 elsewhere, which is its definition where there is no video.
+
+    Args:
+        family: the model's table.
+        config: the model's configuration.
+        tensors: by the names of the model's forward.
+        sizes: (width, height) of each original picture, in order of appearance. By default what
+            `image_sizes` says, else the pixels that the model is given.
+        tiles: (rows, columns) of tiles that each picture was cut into, (0, 0) if it was not; needed
+            where the tensors do not say it and there is no processor.
+        processor: the one that made the tensors. Without, pictures are taken to be stretched to
+            what the model is given, nothing cropped or padded.
+
+    Raises:
+        ValueError: a tensor that is missing or unknown, or an arrangement that is not told.
+    """
+    wanted = (*family.COMMON, *family.inputs)
+    if unknown := sorted(set(tensors) - set(wanted)):
+        raise ValueError(
+            f"{', '.join(unknown)}: no input(s) of a {family.name} model here; "
+            f"they are {', '.join(wanted)}"
+        )
+    for name in ("input_ids", "pixel_values"):
+        if name not in tensors:
+            raise ValueError(f"no {name} among {', '.join(tensors) or 'the tensors'}")
+    if sizes is None:
+        sizes = _own_sizes(config, tensors, tiles)
+    made = dict(tensors)
+    if processor is not None and tiles is not None:
+        raise ValueError("the processor tells how pictures are cut: give it or tiles, not both")
+    n_rows = len(made["input_ids"])
+    return _assemble(family, config, processor, made, list(sizes), tiles, ("",) * n_rows)
+
+
+def _assemble(
+    family: Family,
+    config: Any,
+    processor: Any,
+    tensors: dict[str, Tensor],
+    sizes: Sequence[tuple[int, int]],
+    tiles: Sequence[tuple[int, int]] | None,
+    prompts: tuple[str, ...],
+) -> Inputs:
+    ids = tensors["input_ids"]
+    if "attention_mask" not in tensors:
+        tensors["attention_mask"] = torch.ones_like(ids)
+    if "mm_token_type_ids" in family.inputs and "mm_token_type_ids" not in tensors:
+        tensors["mm_token_type_ids"] = (ids == config.image_token_id).to(ids.dtype)
+    missing = [name for name in family.inputs if name not in tensors and name not in OPTIONAL]
+    if missing:
+        hint = (
+            " (Gemma3: 1 on image tokens, else 0; PaliGemma: 0 on the prompt, 1 on an answer)"
+            if "token_type_ids" in missing
+            else ""
+        )
+        raise ValueError(
+            f"a {family.name} model computes something else without {', '.join(missing)}{hint}; "
+            f"given: {', '.join(tensors)}"
+        )
+    # in the order of the table, whatever order they came in
+    tensors = {n: tensors[n] for n in (*family.COMMON, *family.inputs) if n in tensors}
+    layouts = family.layout(config, processor, tensors, sizes, tiles)
+    grids = build_grids(ids.cpu().numpy(), config.image_token_id, layouts, sizes)
+    return Inputs(tensors, grids.llm, prompts, grids.vision, grids.adapter)
+
+
+def _own_sizes(
+    config: Any, tensors: Mapping[str, Tensor], tiles: Sequence[tuple[int, int]] | None
+) -> list[tuple[int, int]]:
+    """(width, height) of pictures whose originals are not told: the pixels the model is given."""
+    if "image_sizes" in tensors:
+        return [(width, height) for height, width in tensors["image_sizes"].tolist()]
+    if "image_grid_thw" in tensors:
+        patch = config.vision_config.patch_size
+        return [
+            (cols * patch, rows * patch) for _, rows, cols in tensors["image_grid_thw"].tolist()
+        ]
+    pixels = tensors["pixel_values"]
+    height, width = pixels.shape[-2:]
+    if tiles is not None:
+        return [(max(cols, 1) * width, max(rows, 1) * height) for rows, cols in tiles]
+    # tiles of zeros fill a batch up; where one row of the rest is one picture, that is its size
+    n = len(pixels) if pixels.ndim == 4 else int(pixels.flatten(2).any(-1).sum())
+    runs = _runs(tensors["input_ids"], config.image_token_id)
+    if runs and n % runs == 0 and n == runs:
+        return [(width, height)] * n
+    raise ValueError(
+        f"{n} squares of pixels for {runs} run(s) of image placeholders: the tensors alone do not "
+        "say which belong to one picture. Give tiles=[(rows, columns), ...], one a picture, (0, 0) "
+        "for one that was not cut, or the processor and sizes=[(width, height), ...]"
+    )
+
+
+def _runs(input_ids: Tensor, image_token: int) -> int:
+    """Unbroken runs of image placeholders."""
+    is_image = (input_ids == image_token).int()
+    starts = is_image.clone()
+    starts[:, 1:] -= is_image[:, :-1]
+    return int((starts > 0).sum())
+
+
+def _with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
+    """The processor with some settings of its image part, checked, for one call."""
+    known = set(type(processor.image_processor).valid_kwargs.__annotations__)
+    known |= {"do_resize", "size", "do_center_crop", "crop_size", "resample", "do_pad"}
+    if unknown := sorted(set(settings) - known):
+        raise ValueError(
+            f"{type(processor.image_processor).__name__} has no setting {', '.join(unknown)}; "
+            f"it has {', '.join(sorted(known))}"
+        )
+    made = copy.copy(processor)
+    made.images_kwargs = {**getattr(processor, "images_kwargs", {}), **settings}
+    return made
+
+
+def _rows(image: Any) -> list[list[Picture]]:
+    """The pictures of each row of the batch."""
+    listed = _listed(image)
+    if any(isinstance(one, (list, tuple)) for one in listed):
+        rows = [list(one) if isinstance(one, (list, tuple)) else [one] for one in listed]
+        if not all(rows):
+            raise ImageError(f"row {[bool(row) for row in rows].index(False)} has no picture")
+        return rows
+    return [[one] for one in listed]
+
+
+def _listed(image: Any) -> list[Any]:
     if isinstance(image, np.ndarray) and image.ndim == 4:
         return list(image)
     if isinstance(image, (Image.Image, np.ndarray, str, os.PathLike)):
@@ -107,7 +264,7 @@ def _listed(image: Picture | Sequence[Picture]) -> list[Picture]:
     try:
         return list(image)
     except TypeError:
-        return [image]  # type: ignore[list-item]  # _picture says what is wrong with it
+        return [image]  # _picture says what is wrong with it
 
 
 def _picture(image: Picture) -> Image.Image:
@@ -139,12 +296,18 @@ def _picture(image: Picture) -> Image.Image:
     return image.convert("RGB")
 
 
-def _prompt(processor: Any, text: str) -> str:
+def _prompt(processor: Any, text: str, n_pictures: int) -> str:
     placeholder = processor.image_token
-    if placeholder in text:
+    found = text.count(placeholder)
+    if found:
+        if found != n_pictures:
+            raise ValueError(
+                f"a text with {found} image placeholders {placeholder!r} for {n_pictures} "
+                "picture(s); one a picture, or none"
+            )
         return text
     if getattr(processor, "chat_template", None) is None:
-        return f"{placeholder}\n{text}"
-    content = [{"type": "image"}, {"type": "text", "text": text}]
+        return f"{placeholder}\n" * n_pictures + text
+    content = [{"type": "image"}] * n_pictures + [{"type": "text", "text": text}]
     message = [{"role": "user", "content": content}]
     return str(processor.apply_chat_template(message, add_generation_prompt=True))

@@ -21,8 +21,16 @@ from interp.families import family_of
 from interp.families.base import module_at
 from interp.hooks import Vocabulary, canonical
 from interp.inputs import Inputs
+from interp.path import Path
 from interp.sites import Site, envoy_at
 from interp.tokens import TokenGrid
+
+
+FIRST = "vision.blocks.0.hook_resid_pre"
+
+
+def _after(merger: int) -> str:
+    return f"blocks.{merger}.hook_resid_post"
 
 
 class Instrumented:
@@ -43,15 +51,17 @@ class Instrumented:
         self.module = module
         self.config = module.config
         self.processor = processor
-        self.cfg = Dims.of(self.config, self.family)
+        self.cfg = Dims.of(module, self.family)
         self.hooks = Vocabulary(
             self.cfg.n_layers,
             self.cfg.n_vision_layers,
-            rotary=self.family.language.rotary,
-            vision_rotary=self.family.vision.rotary,
+            parts=self.family.language.parts,
+            vision_parts=self.family.vision.parts,
+            deepstack=self.family.deepstack_reads(self.config),
+            vision_ln_final=bool(self.family.vision.final_norm),
         )
         points.attach(module, self.family)
-        attention.register(module)
+        attention.register(module, self.family)
         self.nn = nnsight.NNsight(module)
         points.listen(module, self.nn)
 
@@ -93,7 +103,13 @@ class Instrumented:
         name = canonical(name)
         d_head = self.cfg.d_vision_head if name.startswith("vision.") else self.cfg.d_head
         place = self.family.place(name, d_head)
-        return Site(name, self.envoy(place.path), place, off_path=self.off_path(name))
+        return Site(
+            name,
+            self.envoy(place.path),
+            place,
+            off_path=self.off_path(name),
+            shared=name in self._shared,
+        )
 
     def envoy(self, path: str) -> Any:
         """The nnsight envoy of the module at a dotted path."""
@@ -101,12 +117,14 @@ class Instrumented:
 
     # -- what the names mean on this model ---------------------------------------------------------
 
-    def image_tokens(self, name: str, state: Tensor, grid: TokenGrid) -> Tensor:
-        """Image tokens of a state, `[n_images, n_tokens, ...]`; see `Run.tokens`.
+    def grid_of(self, name: str, x: Inputs) -> TokenGrid:
+        """Where the image tokens of a hook's tensor lie: in the LLM, the adapter or the vision tower.
 
         Raises:
-            ValueError: the hook has no axis of positions (scores, patterns, masks).
+            ValueError: the hook has no axis of tokens (scores, patterns, masks), or none in which
+                one vector is one piece of the picture.
         """
+        name = canonical(name)
         if self.hooks.shape(name).split()[1] not in ("pos", "token"):
             raise ValueError(
                 f"{name!r} is [{self.hooks.shape(name)}]: it has no token axis to pick image "
@@ -117,31 +135,73 @@ class Instrumented:
                 "hook_embed holds placeholders at the image tokens, which are then overwritten; "
                 "read adapter.hook_out or blocks.0.hook_resid_pre"
             )
-        if name.startswith("adapter."):
-            return state
-        if name.startswith("vision."):
-            return self.family.vision_tokens(self.config, state)
-        return grid.gather(state)
+        if name == "vision.hook_embed" and self.family.vision.reordered:
+            raise ValueError(
+                f"{self.family.name} reorders its patches into windows behind vision.hook_embed; "
+                f"read {FIRST}"
+            )
+        by_patch = name.startswith("vision.")
+        if name == "adapter.hook_in" and self.family.merges_in_adapter:
+            by_patch = True
+        if by_patch:
+            return x.patches
+        if not name.startswith(("adapter.", "deepstack.")):
+            return x.grid
+        if x.adapter is None:
+            raise ValueError(
+                f"in {name!r} no one vector is one image token: {self.family.name} interpolates "
+                "tiles behind the adapter; read blocks.0.hook_resid_pre"
+            )
+        return x.adapter
+
+    def path(self) -> Path:
+        """What the adapter reads, what deepstack adds, which vision blocks lead nowhere."""
+        reads = self.family.deepstack_reads(self.config)
+        return Path(
+            adapter_reads=self.vision_reads,
+            through_norm=bool(self.family.vision.final_norm),
+            deepstack=tuple(
+                (f"vision.blocks.{i}.hook_resid_post", f"deepstack.{k}.hook_out", _after(k))
+                for k, i in enumerate(reads)
+            ),
+            off_path=tuple(
+                i
+                for i in range(self.cfg.n_vision_layers)
+                if self.off_path(f"vision.blocks.{i}.hook_resid_post")
+            ),
+        )
 
     @cached_property
+    def vision_reads(self) -> tuple[str, ...]:
+        """The vision stages that the adapter reads: one, or several that are concatenated."""
+        n = self.cfg.n_vision_layers
+        states = sorted({i % (n + 1) for i in self.family.adapter_reads(self.config)})
+        return tuple(f"vision.blocks.{i - 1}.hook_resid_post" if i else FIRST for i in states)
+
+    @cached_property
+    def _shared(self) -> set[str]:
+        """Inputs of vision blocks that the adapter reads too, being outputs of the block before."""
+        layers = [int(name.split(".")[2]) for name in self.vision_reads if name != FIRST]
+        return {f"vision.blocks.{layer + 1}.hook_resid_pre" for layer in layers}
+
+    @property
     def adapter_reads(self) -> str:
-        """The stage the adapter really reads; later vision layers are off the path."""
-        block = self.family.adapter_reads(self.config)
-        if block < 0:
-            return "vision.blocks.0.hook_resid_pre"
-        return f"vision.blocks.{block}.hook_resid_post"
+        """The last stage that the adapter reads; later vision blocks are off the path."""
+        return self.vision_reads[-1]
 
     def off_path(self, name: str) -> bool:
         """Whether a hook lies in a vision block behind `adapter_reads`: edits there do nothing."""
+        name = canonical(name)
         behind = self.hooks.rank(name) > self.hooks.rank(self.adapter_reads)
-        return behind and canonical(name).startswith("vision.")
+        return behind and name.startswith("vision.blocks.")
 
     @property
     def stages(self) -> list[str]:
         """Where segmentation is probed, in order: vision embedding, vision layers, adapter, LLM."""
+        first = FIRST if self.family.vision.reordered else "vision.hook_embed"
         vision = [f"vision.blocks.{i}.hook_resid_post" for i in range(self.cfg.n_vision_layers)]
         llm = [f"blocks.{i}.hook_resid_post" for i in range(self.cfg.n_layers)]
-        return ["vision.hook_embed", *vision, "adapter.hook_in", "adapter.hook_out", *llm]
+        return [first, *vision, "adapter.hook_in", "adapter.hook_out", *llm]
 
     def head_weights(self, layer: int) -> Tensor:
         """Output projection of a language-model layer by head, `[head, d_head, d_model]`."""
@@ -152,6 +212,25 @@ class Instrumented:
     def W_O(self) -> Tensor:
         """Output projections of the language model, `[layer, head, d_head, d_model]` (a copy)."""
         return torch.stack([self.head_weights(layer) for layer in range(self.cfg.n_layers)])
+
+    @property
+    def tokenizer(self) -> Any:
+        """The processor's tokenizer.
+
+        Raises:
+            ValueError: the model was loaded without a processor.
+        """
+        return self.needed_processor().tokenizer
+
+    def needed_processor(self) -> Any:
+        """The processor, or an error that says how to give one."""
+        if self.processor is None:
+            raise ValueError(
+                "this model was loaded without a processor, so it can neither prepare pictures nor "
+                "write words; pass one: "
+                "MLLM.load(module, processor=AutoProcessor.from_pretrained(...))"
+            )
+        return self.processor
 
     def fingerprint(self) -> str:
         """SHA-256 over names, shapes, types and bytes of all weights: which model this is."""

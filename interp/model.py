@@ -25,7 +25,7 @@ from transformer_lens import ActivationCache
 from interp.edits.masks import MaskEdit
 from interp.execution import HookFunction, Run, execute
 from interp.hooks import Pattern
-from interp.inputs import Inputs, Picture, prepare
+from interp.inputs import Inputs, Picture, from_tensors, prepare
 from interp.instrumented import Instrumented
 from interp.loading import load
 
@@ -45,8 +45,8 @@ class MLLM(Instrumented):
         processor: Any = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
-        revision: str | None = None,
         trust_remote_code: bool = False,
+        **options: Any,
     ) -> MLLM:
         """Load a model.
 
@@ -57,43 +57,65 @@ class MLLM(Instrumented):
             processor: the transformers processor; found by itself for an id or a folder.
             device: where to put the model, for instance "cuda".
             dtype: of the weights; as they were saved if None.
-            revision: of the hub repository.
             trust_remote_code: run code from the model's repository. Off unless asked for.
+            options: passed on to transformers' `from_pretrained`: `revision`, `device_map="auto"`,
+                `max_memory`, `quantization_config`, `token`; also `load_in_4bit=True` and
+                `load_in_8bit=True`, where bitsandbytes is installed.
 
         Raises:
             ModelNotFound: no such folder, or no model in it.
             NotMultimodal: not a multimodal LLM, or a family without a table.
         """
-        module, processor = load(
+        module, found = load(
             source,
             processor=processor,
             device=device,
             dtype=dtype,
-            revision=revision,
             trust_remote_code=trust_remote_code,
+            **options,
         )
-        return cls(module, processor)
+        return cls(module, found)
 
     # -- inputs -----------------------------------------------------------------------------------
 
-    def prepare(self, image: Picture | Sequence[Picture], text: str | Sequence[str]) -> Inputs:
+    def prepare(
+        self,
+        image: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        text: str | Sequence[str],
+        **settings: Any,
+    ) -> Inputs:
         """Pictures and a question to `Inputs`, through the model's own processor.
 
         Args:
-            image: a PIL image, a uint8 array `[height, width, 3]`, a path; or several, one a row.
+            image: a PIL image, a uint8 array `[height, width, 3]`, a path; several, one a row; or
+                lists of them, the pictures of each row.
             text: the question, one for all rows or one a row; goes through the chat template
-                unless it already holds the image placeholder.
+                unless it already holds the image placeholders.
+            settings: of the image processor, for this call (`do_pan_and_scan=True`).
         """
-        return prepare(self.family, self.config, self._needed_processor(), image, text)
+        processor = self.needed_processor()
+        return prepare(self.family, self.config, processor, image, text, **settings)
 
-    def _needed_processor(self) -> Any:
-        if self.processor is None:
-            raise ValueError(
-                "this model was loaded without a processor, so it can neither prepare pictures nor "
-                "write words; pass one: "
-                "MLLM.load(module, processor=AutoProcessor.from_pretrained(...))"
-            )
-        return self.processor
+    def inputs(
+        self,
+        *,
+        sizes: Sequence[tuple[int, int]] | None = None,
+        tiles: Sequence[tuple[int, int]] | None = None,
+        **tensors: Tensor,
+    ) -> Inputs:
+        """Ready-made model inputs to the `Inputs` that `prepare` makes, with its grids.
+
+        Args:
+            sizes: (width, height) of each original picture, in order of appearance; by default
+                what the tensors say, else the pixels that the model is given.
+            tiles: (rows, columns) of tiles of each picture, where the tensors do not say it and
+                the model has no processor.
+            tensors: `input_ids`, `pixel_values`, ... by the names of the model's forward.
+        """
+        processor = None if tiles is not None else self.processor
+        return from_tensors(
+            self.family, self.config, tensors, sizes=sizes, tiles=tiles, processor=processor
+        )
 
     # -- running ----------------------------------------------------------------------------------
 
@@ -172,7 +194,7 @@ class MLLM(Instrumented):
 
     def generate(self, x: Inputs, *, max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
         """Answer in words: one text a row, without the prompt. Greedy unless asked otherwise."""
-        processor = self._needed_processor()
+        processor = self.needed_processor()
         kwargs = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
         with torch.no_grad():
             ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,6 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from interp.families.base import Family, Tower, module_at
-from interp.hooks import BLOCK_HOOKS
 
 ATTENTION_POINTS = (
     "hook_rot_q",
@@ -65,35 +65,50 @@ def attach(module: nn.Module, family: Family) -> None:
     for tower, prefix in ((family.vision, "vision."), (family.language, "")):
         blocks = cast(nn.ModuleList, module_at(module, tower.blocks))
         for layer, block in enumerate(blocks):
-            _attach_block(block, tower, f"{prefix}blocks.{layer}.")
+            if not hasattr(module_at(block, tower.names.part("attn")), "hook_z"):
+                _attach_block(block, tower, f"{prefix}blocks.{layer}.")
         if tower.final_norm:
-            _attach_norm(module_at(module, tower.final_norm), f"{prefix}ln_final.")
+            norm = module_at(module, tower.final_norm)
+            if not hasattr(norm, "hook_scale"):
+                _attach_norm(norm, f"{prefix}ln_final.", tower.names.norm_offset)
 
 
 def _attach_block(block: nn.Module, tower: Tower, prefix: str) -> None:
-    attention = module_at(block, tower.block.part("attn"))
-    if hasattr(attention, "hook_z"):
-        return  # loaded before: the same module may be wrapped twice
+    names = tower.names
+    attention = module_at(block, names.part("attn"))
     for hook in ATTENTION_POINTS:
-        if f"attn.{hook}" in BLOCK_HOOKS and (tower.rotary or not hook.startswith("hook_rot")):
+        if tower.rotary or not hook.startswith("hook_rot"):
             _add(attention, hook, f"{prefix}attn.{hook}")
-    _attach_norm(module_at(block, tower.block.ln1), f"{prefix}ln1.")
-    ln2 = module_at(block, tower.block.ln2)
-    _add(ln2, "hook_resid_mid", f"{prefix}hook_resid_mid")
-    ln2.register_forward_pre_hook(_fire_resid_mid)
-    _attach_norm(ln2, f"{prefix}ln2.")
-    projection = module_at(block, tower.block.part("o"))
+    _attach_norm(module_at(block, names.ln1), f"{prefix}ln1.", names.norm_offset)
+    _attach_norm(module_at(block, names.ln2), f"{prefix}ln2.", names.norm_offset)
+    projection = module_at(block, names.part("o"))
     _add(projection, "hook_result", f"{prefix}attn.hook_result")
     projection.d_head = attention.head_dim
     projection.register_forward_hook(_fire_result)
+    # what attention and MLP add to the stream is no module's output where it is scaled or
+    # normalised on the way
+    ln2 = module_at(block, names.ln2)
+    for part, post, scale in (
+        ("attn", names.ln1_post, names.attn_scale),
+        ("mlp", names.ln2_post, names.mlp_scale),
+    ):
+        if post:
+            norm = module_at(block, post)
+            _attach_norm(norm, f"{prefix}ln{1 if part == 'attn' else 2}_post.", names.norm_offset)
+            _add(norm, f"hook_{part}_out", f"{prefix}hook_{part}_out")
+            norm.register_forward_hook(partial(_fire_out, part))
+        elif scale:
+            added = module_at(block, names.part(part))
+            _add(added, f"hook_{part}_out", f"{prefix}hook_{part}_out")
+            added.register_forward_hook(partial(_fire_scaled, part, getattr(block, scale), ln2))
+    _add(ln2, "hook_resid_mid", f"{prefix}hook_resid_mid")
+    ln2.register_forward_pre_hook(partial(_fire_resid_mid, bool(names.mlp_scale)))
 
 
-def _attach_norm(norm: nn.Module, prefix: str) -> None:
-    if hasattr(norm, "hook_scale"):
-        return
+def _attach_norm(norm: nn.Module, prefix: str, offset: float) -> None:
     _add(norm, "hook_scale", f"{prefix}hook_scale")
     _add(norm, "hook_normalized", f"{prefix}hook_normalized")
-    norm.register_forward_hook(_fire_norm)
+    norm.register_forward_hook(partial(_fire_norm, offset))
 
 
 def _add(module: nn.Module, hook: str, name: str) -> None:
@@ -135,14 +150,50 @@ def watched(point: HookPoint) -> bool:
 # -- points beside the computation -----------------------------------------------------------------
 
 
-def _fire_resid_mid(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
-    point: HookPoint = norm.hook_resid_mid
+def _fire(point: HookPoint, value: Tensor, n_axes: int) -> Tensor:
+    """The value after the point, which sees it with a batch axis even where the tower has none."""
+    if value.ndim == n_axes:
+        return cast(Tensor, point(value))
+    return cast(Tensor, point(value.unsqueeze(0)).squeeze(0))
+
+
+def _fire_resid_mid(scaled: bool, norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+    x = args[0]
+    if scaled:
+        # `_fire_scaled` left here what an edit of attention's output adds, and will write into x
+        # again behind the MLP
+        if (change := norm.__dict__.pop("interp_change", None)) is not None:
+            x.add_(change)
+        norm.__dict__["interp_stream"] = x
+    point = cast(HookPoint, norm.hook_resid_mid)
     if watched(point):
-        x = args[0]
-        edited = point(x)
+        edited = _fire(point, x.clone() if scaled else x, 3)
         if edited is not x:
             # the block adds this same tensor back after the MLP, so the edit must be in place
             x.copy_(edited)
+
+
+def _fire_scaled(part: str, scale: Tensor, ln2: nn.Module, added: nn.Module, _: Any, out: Any):  # type: ignore[no-untyped-def]
+    """A point for what InternViT adds: the part's output times a learnt scale.
+
+    The module's own output cannot carry an edit (the scale may be zero), so the edit's difference
+    goes into the stream itself: attention's when the second norm reads it, the MLP's at once.
+    """
+    stream = ln2.__dict__.pop("interp_stream", None) if part == "mlp" else None
+    point = cast(HookPoint, getattr(added, f"hook_{part}_out"))
+    if not watched(point):
+        return
+    before = scale * (out[0] if isinstance(out, tuple) else out)
+    change = _fire(point, before.clone(), 3) - before
+    if part == "attn":
+        ln2.__dict__["interp_change"] = change
+    else:
+        stream.add_(change)
+
+
+def _fire_out(part: str, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    point = cast(HookPoint, getattr(norm, f"hook_{part}_out"))
+    return _fire(point, output, 3) if watched(point) else None
 
 
 def norm_scale(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +209,7 @@ def norm_scale(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return x, (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
-def _fire_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+def _fire_norm(offset: float, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
     scale_point: HookPoint = norm.hook_scale
     normalized_point: HookPoint = norm.hook_normalized
     if not (watched(scale_point) or watched(normalized_point)):
@@ -166,21 +217,33 @@ def _fire_norm(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Ten
     x, scale = norm_scale(norm, args[0])
     before = x / scale
     # the points may edit their tensor in place, so they are handed copies
-    scale = scale_point(scale.clone())
+    scale = _fire(scale_point, scale.clone(), 3)
     # asked only now: a trace's worker that waited for the scale may move on to the next point
-    after = normalized_point(x / scale)
-    change = (after - before) * norm.weight
+    after = _fire(normalized_point, x / scale, 3)
+    change = (after - before) * (norm.weight + offset)
     return output + change.to(output.dtype)
 
 
-def head_results(projection: nn.Linear, z: Tensor, d_head: int) -> Tensor:
-    """What each head writes into the residual stream: `z_h W_O^h`, `[batch, pos, head, d_model]`.
+def head_results(projection: nn.Module, z: Tensor, d_head: int) -> Tensor:
+    """What each head writes into the residual stream: `z_h W_O^h`, `[..., pos, head, d_model]`.
 
     Elhage et al. 2021 ("A Mathematical Framework"): attention's output is the sum of these, plus
-    the projection's bias.
+    the projection's bias. A quantised projection, whose weight is no matrix, is called once a head.
+
+    Args:
+        projection: the output projection.
+        z: its input, `[..., pos, head * d_head]`.
+        d_head: width of a head.
     """
-    weight = projection.weight.unflatten(1, (-1, d_head))  # [d_model, head, d_head]
-    return torch.einsum("bphd,mhd->bphm", z.unflatten(-1, (-1, d_head)), weight)
+    weight = projection.weight
+    z = z.unflatten(-1, (-1, d_head))
+    if isinstance(projection, nn.Linear) and weight.is_floating_point() and weight.ndim == 2:
+        return torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (-1, d_head)))
+    one = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
+    bias = 0 if projection.bias is None else projection.bias
+    # only the class's forward: hooks, ours included, must not see these calls
+    parts = [type(projection).forward(projection, (z * row[:, None]).flatten(-2)) for row in one]
+    return torch.stack([part - bias for part in parts], dim=-2)
 
 
 def _fire_result(projection: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -188,5 +251,5 @@ def _fire_result(projection: Any, args: tuple[Tensor, ...], output: Tensor) -> T
     if not watched(point):
         return None
     before = head_results(projection, args[0], projection.d_head)
-    after = point(before.clone())
+    after = _fire(point, before.clone(), 4)
     return output + (after - before).sum(-2).to(output.dtype)

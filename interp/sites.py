@@ -1,9 +1,9 @@
 """A hook as an object: `.output` reads the value there, assigning writes it.
 
 `model.hook("blocks.2.attn.hook_z")` inside a trace gives a `Site`. Behind it is one side of one
-nnsight envoy and a way of seeing the tensor there: as it is, as the first element of a tuple, or
-with the last axis split by head. All of these are *views*, so an edit in place counts just as an
-assigned one does.
+nnsight envoy and a way of seeing the tensor there: the first element of a tuple, one third of a
+fused projection, the last axis split by head, a batch axis put in front of packed patches. All of
+these are *views*, so an edit in place counts just as an assigned one does.
 
 >>> # with model.trace(x):
 >>> #     model.hook("blocks.2.attn.hook_z").output[:, :, 3] = 0       # in place
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from interp.errors import EditHadNoEffect
@@ -29,13 +30,20 @@ class Site:
         envoy: the nnsight envoy of the module that carries it.
         place: its side and view (see `interp.families.base.Place`).
         off_path: whether the adapter reads an earlier stage, so that an edit would do nothing.
+        shared: whether the tensor here also goes somewhere past this hook (to the adapter, which
+            reads what enters a block as well as what leaves the last); then `output` is a copy that
+            the block alone gets, lest an edit in place reach further than an assigned one.
     """
 
-    __slots__ = ("_envoy", "_off_path", "_place", "name")  # a misspelt attribute must not pass
+    # a misspelt attribute must not pass
+    __slots__ = ("_envoy", "_off_path", "_place", "_shared", "name")
 
-    def __init__(self, name: str, envoy: Any, place: Place, *, off_path: bool = False) -> None:
+    def __init__(
+        self, name: str, envoy: Any, place: Place, *, off_path: bool = False, shared: bool = False
+    ) -> None:
         self.name = name
         self._off_path = off_path
+        self._shared = shared
         self._envoy = envoy
         self._place = place
 
@@ -45,12 +53,10 @@ class Site:
     @property
     def output(self) -> Tensor:
         """The value here: waits until the forward pass reaches it. Only inside a trace."""
-        raw = self._raw()
-        if self._place.view == "first" and isinstance(raw, tuple):
-            raw = raw[0]
-        if self._place.view == "heads":
-            return raw.unflatten(-1, (-1, self._place.d_head))
-        return raw
+        if self._shared:
+            setattr(self._envoy, self._place.side, self._raw().clone())
+            self._shared = False
+        return see(self._raw(), self._place)
 
     @output.setter
     def output(self, value: Tensor) -> None:
@@ -59,14 +65,50 @@ class Site:
                 f"an edit at {self.name!r} cannot reach the logits: the adapter reads an earlier "
                 "stage of the vision tower (model.adapter_reads)"
             )
-        if self._place.view == "heads":
-            value = value.flatten(-2)
-        if self._place.view == "first" and isinstance(raw := self._raw(), tuple):
-            value = (value, *raw[1:])  # type: ignore[assignment]
-        setattr(self._envoy, self._place.side, value)
+        setattr(self._envoy, self._place.side, put(self._raw(), value, self._place))
 
     def _raw(self) -> Any:
         return self._envoy.input if self._place.side == "input" else self._envoy.output
+
+
+def see(raw: Any, place: Place) -> Tensor:
+    """The hook's tensor, as a view into what the module holds."""
+    tensor: Tensor = raw[0] if isinstance(raw, tuple) else raw
+    if place.part is not None:
+        tensor = tensor.unflatten(-1, (3, -1)).select(-2, place.part)
+    if place.d_head:
+        tensor = tensor.unflatten(-1, (-1, place.d_head))
+    return tensor.unsqueeze(0) if place.packed else tensor
+
+
+def put(raw: Any, value: Tensor, place: Place) -> Any:
+    """What the module must hold for the hook's tensor to be `value`.
+
+    Args:
+        raw: what the module holds now.
+        value: in the hook's shape.
+        place: how the hook's tensor is seen.
+    """
+    if place.packed:
+        value = value.squeeze(0)
+    if place.d_head:
+        value = value.flatten(-2)
+    if place.part is not None:
+        fused = raw.clone()
+        fused.unflatten(-1, (3, -1)).select(-2, place.part).copy_(value)
+        return fused
+    if isinstance(raw, tuple):
+        return (_laid_out_as(raw[0], value), *raw[1:])
+    return _laid_out_as(raw, value)
+
+
+def _laid_out_as(raw: Tensor, value: Tensor) -> Tensor:
+    """`value` with the strides of `raw`: matrix kernels round differently by layout, and an edit
+    that changes no number must change no bit."""
+    if value.stride() == raw.stride() or value.shape != raw.shape or 0 in raw.stride():
+        return value
+    alike = torch.empty_strided(raw.shape, raw.stride(), dtype=value.dtype, device=value.device)
+    return alike.copy_(value)
 
 
 def envoy_at(root: Any, path: str) -> Any:

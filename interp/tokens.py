@@ -6,21 +6,27 @@ tokens read from the beach tokens") needs the way back from a position in the se
 rectangle of the picture. A `TokenGrid` is that way back, for every image of a batch:
 
 * `row`, `position`: where the token stands in the batch (an index into `[batch, pos, ...]`);
-* `image`, `cell`: which image it belongs to, and its (row, column) there;
-* `box`: its rectangle in the *original* picture, in pixels, after undoing resize and crop.
+* `image`, `view`, `cell`: which image it belongs to, which look at it, and its (row, column) there;
+* `box`: its rectangle in the *original* picture, in pixels, after undoing resize, crop and padding.
 
-Tokens are numbered in grid order (raster, image by image), and every method that takes token
-numbers counts them inside one image, from 0. Labels go down onto tokens by looking at the pixels
-whose centres fall into the box: `labels` takes the majority, `purity` tells how mixed a cell is.
+Some families look at a picture more than once, whole and in tiles: each look is a *view*, one
+rectangular grid over the picture, and `grid.select("finest")` is the grid of one view an image.
+Tokens are numbered view by view, in each of them in raster order, whatever their order in the
+prompt; every method that takes token numbers counts them inside one image, from 0.
 
-The grid is made by the family table (`interp.families`), which knows how a family lays its tokens
-out; nothing here assumes a size, a square grid, or a start position.
+Labels go down onto tokens by looking at the pixels whose centres fall into the box: `labels` takes
+the majority, `fractions` all shares, `purity` tells how mixed a cell is. `to_pixels` brings scores
+of tokens back up to the picture.
+
+The same class serves the stages before the language model, where a token is a patch in a vision
+state or a vector that leaves the adapter (`interp.grids`). Nothing here assumes a size, a square
+grid, or a start position.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -30,6 +36,7 @@ from torch import Tensor
 from interp.edges import EdgeSet
 from interp.errors import EdgeError
 from interp.labels import IGNORE
+from interp.pixels import class_counts, paint, spans
 
 Tokens = int | Sequence[int] | np.ndarray | None
 
@@ -42,9 +49,15 @@ class TokenGrid:
         row: `[n_tokens]` int, row of the batch.
         position: `[n_tokens]` int, position in the sequence.
         image: `[n_tokens]` int, number of the image in the batch.
-        cell: `[n_tokens, 2]` int, (row, column) in the image's grid.
-        box: `[n_tokens, 4]` float, left, top, right, bottom in pixels of the original picture.
-        shapes: (rows, columns) of each image's grid.
+        view: `[n_tokens]` int, number of the view, counted over the batch.
+        cell: `[n_tokens, 2]` int, (row, column) in the view.
+        box: `[n_tokens, 4]` float, left, top, right, bottom in pixels of the original picture;
+            what reaches beyond the picture is padding.
+        fillers: `[n, 2]` int, (row, position) of placeholders that stand for no piece of a picture:
+            newline tokens, CLS.
+        shapes: (rows, columns) of each view; a batch with one view an image has one an image.
+        view_image: the image of each view.
+        view_names: "base" (the whole picture at once) or "tiles" (the finer look).
         sizes: (width, height) in pixels of each original picture.
         n_batch: rows of the batch.
         n_pos: length of the sequence, padding included.
@@ -53,9 +66,13 @@ class TokenGrid:
     row: np.ndarray
     position: np.ndarray
     image: np.ndarray
+    view: np.ndarray
     cell: np.ndarray
     box: np.ndarray
+    fillers: np.ndarray
     shapes: tuple[tuple[int, int], ...]
+    view_image: tuple[int, ...]
+    view_names: tuple[str, ...]
     sizes: tuple[tuple[int, int], ...]
     n_batch: int
     n_pos: int
@@ -63,25 +80,27 @@ class TokenGrid:
     @property
     def n_images(self) -> int:
         """Images in the batch."""
-        return len(self.shapes)
+        return len(self.sizes)
 
     def __len__(self) -> int:
         return len(self.position)
 
     def __repr__(self) -> str:
         lines = []
-        for image in range(self.n_images):
-            at = self.of_image(image)
-            rows, cols = self.shapes[image]
+        several = len(self.shapes) > self.n_images
+        for view, (rows, cols) in enumerate(self.shapes):
+            at = self.of_view(view)
             left, top, right, bottom = self.box[at[0]]
             first, last = self.position[at].min(), self.position[at].max()
-            name = f"image {image}: " if self.n_images > 1 else ""
+            image = f"image {self.view_image[view]}" if self.n_images > 1 else ""
+            name = f"{image} {self.view_names[view] if several else ''}".strip()
             lines.append(
-                f"{name}{rows} x {cols} image tokens, positions {first}..{last}, "
-                f"{right - left:.4g} x {bottom - top:.4g} px each"
+                f"{name}{': ' if name else ''}{rows} x {cols} image tokens, positions "
+                f"{first}..{last}, {right - left:.4g} x {bottom - top:.4g} px each"
             )
         if len(lines) > 4:
-            lines = [*lines[:3], f"... and {len(lines) - 3} more images"]
+            what = "views" if several else "images"
+            lines = [*lines[:3], f"... and {len(lines) - 3} more {what}"]
         return "\n".join(lines)
 
     # -- tokens -----------------------------------------------------------------------------------
@@ -94,17 +113,76 @@ class TokenGrid:
             )
         return np.flatnonzero(self.image == image % self.n_images)
 
+    def of_view(self, view: int) -> np.ndarray:
+        """Indices (into this grid's arrays) of one view's tokens, in raster order.
+
+        Args:
+            view: its number over the batch; `view_image` and `view_names` tell which that is.
+        """
+        if not 0 <= view < len(self.shapes):
+            raise IndexError(f"view {view} of {len(self.shapes)}; the first is 0")
+        return np.flatnonzero(self.view == view)
+
+    def select(self, view: str) -> TokenGrid:
+        """The grid of one view an image; what is left out is still there for `is_placeholder`.
+
+        Args:
+            view: its name, or "finest": "tiles" of the images that are cut, "base" of the others.
+
+        Raises:
+            ValueError: an image has no such view.
+        """
+        chosen = []
+        for image in range(self.n_images):
+            own = [v for v, of in enumerate(self.view_image) if of == image]
+            names = [self.view_names[v] for v in own]
+            name = view if view != "finest" else ("tiles" if "tiles" in names else names[0])
+            if name not in names:
+                raise ValueError(
+                    f"image {image} has no view {view!r}, it has {' and '.join(names)}; "
+                    'select("finest") takes the finest one of each image'
+                )
+            chosen.append(own[names.index(name)])
+        kept = np.isin(self.view, chosen)
+        rest = np.stack([self.row[~kept], self.position[~kept]], axis=1)
+        return replace(
+            self,
+            **{name: getattr(self, name)[kept] for name in ("row", "position", "image", "box")},
+            cell=self.cell[kept],
+            view=np.searchsorted(chosen, self.view[kept]),
+            fillers=np.concatenate([self.fillers, rest]),
+            shapes=tuple(self.shapes[v] for v in chosen),
+            view_image=tuple(range(self.n_images)),
+            view_names=tuple(self.view_names[v] for v in chosen),
+        )
+
     @cached_property
     def is_image(self) -> np.ndarray:
-        """`[n_batch, n_pos]` bool: True on image tokens, False on text and padding."""
+        """`[n_batch, n_pos]` bool: True on this grid's tokens, False on fillers, text, padding."""
         mask = np.zeros((self.n_batch, self.n_pos), dtype=bool)
         mask[self.row, self.position] = True
         return mask
 
     @cached_property
+    def is_placeholder(self) -> np.ndarray:
+        """`[n_batch, n_pos]` bool: True on all that the picture fills, fillers included."""
+        mask = self.is_image.copy()
+        mask[self.fillers[:, 0], self.fillers[:, 1]] = True
+        return mask
+
+    @cached_property
+    def counts(self) -> tuple[int, ...]:
+        """Tokens of each image."""
+        return tuple(np.bincount(self.image, minlength=self.n_images).tolist())
+
+    @cached_property
     def uniform(self) -> bool:
-        """Whether all images have the same grid, so their tokens stack into one array."""
-        return len(set(self.shapes)) == 1
+        """Whether all images have the same views, so their tokens stack into one array."""
+        views = [
+            [s for s, of in zip(self.shapes, self.view_image, strict=True) if of == image]
+            for image in range(self.n_images)
+        ]
+        return all(v == views[0] for v in views)
 
     def gather(self, states: Tensor) -> Tensor:
         """Image tokens of `[batch, pos, ...]`, as `[n_images, n_tokens, ...]` in grid order.
@@ -115,12 +193,22 @@ class TokenGrid:
         if not self.uniform:
             raise ValueError(
                 f"images with different grids {sorted(set(self.shapes))} do not stack; "
-                "gather them one by one with grid.of_image(i)"
+                "grid.split(states) gives a list, one tensor an image"
+            )
+        return self._take(states).unflatten(0, (self.n_images, self.counts[0]))
+
+    def split(self, states: Tensor) -> list[Tensor]:
+        """Image tokens of `[batch, pos, ...]`: one `[n_tokens, ...]` an image, in grid order."""
+        return list(self._take(states).split(self.counts))
+
+    def _take(self, states: Tensor) -> Tensor:
+        if tuple(states.shape[:2]) != (self.n_batch, self.n_pos):
+            raise ValueError(
+                f"a state of shape {list(states.shape)}; this grid is of states "
+                f"[{self.n_batch}, {self.n_pos}, ...]"
             )
         row = torch.as_tensor(self.row, device=states.device)
-        position = torch.as_tensor(self.position, device=states.device)
-        rows, cols = self.shapes[0]
-        return states[row, position].unflatten(0, (self.n_images, rows * cols))
+        return states[row, torch.as_tensor(self.position, device=states.device)]
 
     # -- labels -----------------------------------------------------------------------------------
 
@@ -134,22 +222,27 @@ class TokenGrid:
                 one image), of the size of the original picture.
             n_classes: how many classes there are.
         """
-        masks = self._masks(masks)
         out = np.zeros((len(self), n_classes))
-        for token in range(len(self)):
-            pixels = self.pixels(token, masks[self.image[token]])
-            counts = np.bincount(pixels[pixels != IGNORE], minlength=n_classes)
-            if len(counts) > n_classes:
-                raise ValueError(
-                    f"a mask holds class {len(counts) - 1}, but there are only {n_classes} classes"
-                )
-            out[token] = counts / max(counts.sum(), 1)
+        for image, mask in enumerate(self._masks(masks)):
+            at = self.of_image(image)
+            counts = class_counts(self.box[at], mask, n_classes)
+            out[at] = counts / np.maximum(counts.sum(1, keepdims=True), 1)
         return out
 
-    def labels(self, masks: np.ndarray | Sequence[np.ndarray], n_classes: int) -> np.ndarray:
-        """Majority class of each token, `[n_tokens]` int64; `IGNORE` where no pixel is labelled."""
+    def labels(
+        self, masks: np.ndarray | Sequence[np.ndarray], n_classes: int, *, pure: float = 0.0
+    ) -> np.ndarray:
+        """Majority class of each token, `[n_tokens]` int64; `IGNORE` where no pixel is labelled.
+
+        Args:
+            masks: as in `fractions`.
+            n_classes: how many classes there are.
+            pure: tokens whose majority class has a smaller share than this get `IGNORE` too.
+        """
         fractions = self.fractions(masks, n_classes)
-        return np.where(fractions.any(1), fractions.argmax(1), IGNORE).astype(np.int64)
+        share = fractions.max(1)
+        sure = (share > 0) & (share >= pure)
+        return np.where(sure, fractions.argmax(1), IGNORE).astype(np.int64)
 
     def purity(self, masks: np.ndarray | Sequence[np.ndarray], n_classes: int) -> np.ndarray:
         """Share of the majority class in each token, `[n_tokens]`; 1 where the cell is pure."""
@@ -160,11 +253,59 @@ class TokenGrid:
 
         A box smaller than a pixel (an enlarged picture) gives the pixel that holds its middle.
         """
-        left, top, right, bottom = self.box[token]
         height, width = mask.shape
-        x0, x1 = _centres(left, right, width)
-        y0, y1 = _centres(top, bottom, height)
+        x0, y0, x1, y1 = spans(self.box[[token]], (width, height))[0]
         return np.asarray(mask[y0:y1, x0:x1], dtype=np.int64).ravel()
+
+    def to_pixels(
+        self,
+        scores: np.ndarray | Tensor,
+        image: int = 0,
+        *,
+        how: str = "nearest",
+        fill: float | None = None,
+    ) -> np.ndarray:
+        """Scores of an image's tokens on the pixels of its picture, `[height, width, ...]`.
+
+        Args:
+            scores: `[n_tokens, ...]` of the image, in grid order: labels, or scores by class.
+            image: which image.
+            how: "nearest", or "bilinear" between the cells' centres (for floating-point scores).
+            fill: for pixels that no token sees (cropped away); by default NaN, and `IGNORE` for
+                whole numbers.
+
+        Raises:
+            ValueError: several views (`select` one), or scores that do not fit.
+        """
+        at = self.of_image(image)
+        views = np.unique(self.view[at])
+        if len(views) > 1:
+            names = " and ".join(self.view_names[v] for v in views)
+            raise ValueError(
+                f"image {image} has the views {names}; choose one first: "
+                'grid.select("finest").to_pixels(...)'
+            )
+        array = scores.detach().cpu() if isinstance(scores, Tensor) else scores
+        if isinstance(array, Tensor) and array.dtype == torch.bfloat16:
+            array = array.float()  # numpy has no bfloat16
+        array = np.asarray(array)
+        if len(array) != len(at):
+            raise ValueError(f"{len(array)} scores for the {len(at)} tokens of image {image}")
+        floating = np.issubdtype(array.dtype, np.floating)
+        if how not in ("nearest", "bilinear") or (how == "bilinear" and not floating):
+            raise ValueError(
+                f"how={how!r} for {array.dtype}: 'nearest', or 'bilinear' for floating-point scores"
+            )
+        if fill is None:
+            fill = np.nan if floating else IGNORE
+        shape = self.shapes[int(views[0])]
+        return paint(
+            array.reshape(*shape, *array.shape[1:]),
+            self.box[at].reshape(*shape, 4),
+            self.sizes[image],
+            bilinear=how == "bilinear",
+            fill=fill,
+        )
 
     def _masks(self, masks: np.ndarray | Sequence[np.ndarray]) -> list[np.ndarray]:
         several = [masks] if isinstance(masks, np.ndarray) and masks.ndim == 2 else list(masks)
@@ -210,10 +351,10 @@ class TokenGrid:
         array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
         if array.dtype != np.bool_:
             raise EdgeError(f"edges come from a bool mask, not from {array.dtype}; compare first")
-        if not self.uniform or array.shape != (self.n_images, *(2 * [len(self.of_image(0))])):
+        if not self.uniform or array.shape != (self.n_images, *(2 * [self.counts[0]])):
             raise EdgeError(
                 f"a mask of shape {list(array.shape)} for {self.n_images} images of "
-                f"{[r * c for r, c in self.shapes]} tokens; [n_images, dst, src] would do"
+                f"{list(self.counts)} tokens; [n_images, dst, src] would do"
             )
         image, dst, src = np.nonzero(array)
         n = array.shape[1]
@@ -239,56 +380,3 @@ class TokenGrid:
                 f"image {image} has no token {bad[0]}: its {n} tokens are numbered 0..{n - 1}"
             )
         return numbers.astype(np.int64)
-
-
-def _centres(low: float, high: float, size: int) -> tuple[int, int]:
-    """First and one-past-last pixel whose centre lies in [low, high), clipped to the picture."""
-    first, last = int(np.ceil(low - 0.5)), int(np.ceil(high - 0.5))
-    if last <= first:
-        first = int(np.floor((low + high) / 2))
-        last = first + 1
-    first, last = max(first, 0), min(last, size)
-    return (first, last) if first < last else (0, 0)
-
-
-def raster(
-    input_ids: np.ndarray,
-    image_token: int,
-    *,
-    shapes: Sequence[tuple[int, int]],
-    boxes: Sequence[np.ndarray],
-    sizes: Sequence[tuple[int, int]],
-) -> TokenGrid:
-    """The grid of families that lay each image out row by row in one run of placeholders.
-
-    Args:
-        input_ids: `[batch, pos]`, in which `image_token` stands once for each image token.
-        image_token: its id.
-        shapes: (rows, columns) of each image, in the order in which the images appear.
-        boxes: `[rows * columns, 4]` of each image.
-        sizes: (width, height) of each original picture.
-
-    Raises:
-        ValueError: the number of placeholders is not the number of image tokens.
-    """
-    row, position = np.nonzero(input_ids == image_token)
-    counts = [r * c for r, c in shapes]
-    if sum(counts) != len(position):
-        raise ValueError(
-            f"the prompts hold {len(position)} image placeholders, but {len(shapes)} image(s) "
-            f"give {sum(counts)} image tokens; use one placeholder an image and let the processor "
-            "expand it"
-        )
-    image = np.repeat(np.arange(len(shapes)), counts)
-    cells = [np.indices(shape).reshape(2, -1).T for shape in shapes]
-    return TokenGrid(
-        row=row,
-        position=position,
-        image=image,
-        cell=np.concatenate(cells),
-        box=np.concatenate(list(boxes)),
-        shapes=tuple(shapes),
-        sizes=tuple(sizes),
-        n_batch=input_ids.shape[0],
-        n_pos=input_ids.shape[1],
-    )

@@ -95,8 +95,7 @@ def random_inputs(model: MLLM, n_batch: int = 1, *, padding: int = 0, seed: int 
         "attention_mask": torch.tensor(attended),
         "pixel_values": torch.tensor(rng.normal(size=(n_batch, 3, 32, 32)), dtype=torch.float32),
     }
-    grid = model.family.grid(model.config, None, ids, [(32, 32)] * n_batch)
-    return Inputs(tensors, grid, ("",) * n_batch)
+    return model.inputs(**tensors)
 
 
 def plain_logits(module: torch.nn.Module, x: Inputs) -> torch.Tensor:

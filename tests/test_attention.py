@@ -221,7 +221,7 @@ def test_additive_mask_is_read_as_a_mask_and_a_bias_is_refused():
         interp_attention.bool_mask(mask + 0.5, query, query, True)
 
 
-@pytest.mark.parametrize("option", [{"softcap": 30.0}, {"dropout": 0.1}])
+@pytest.mark.parametrize("option", [{"position_bias": torch.zeros(1)}, {"dropout": 0.1}])
 def test_attention_that_cannot_be_opened_says_so(rand, option):
     attention = rand.module.model.language_model.layers[0].self_attn
     q = torch.randn(1, 6, 4, 8)

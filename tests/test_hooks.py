@@ -1,7 +1,6 @@
-"""The language of hook names, and the contract that every hook of a LLaVA keeps.
+"""The language of hook names; hooks behind the layer that the adapter reads.
 
-The contract, for each name: it fires, its tensor has the documented axes, an identity edit changes
-no bit of the logits, and a real edit moves them, in whichever way it is written.
+That every hook of every family fires and counts is `tests/families/test_contract.py`.
 """
 
 from __future__ import annotations
@@ -17,16 +16,6 @@ from tests.conftest import random_llava
 VOCABULARY = Vocabulary(n_layers=3, n_vision_layers=3)
 #: `random_llava` reads vision layer -2, so its third and last vision block leads nowhere
 OFF_PATH = VOCABULARY.expand("vision.blocks.2.*")
-#: reading these writes attention out, which rounds differently from the fused kernel
-WRITTEN_OUT = VOCABULARY.expand("*.attn.{hook_attn_scores,hook_pattern}")
-
-
-def same(value, hook=None):
-    return value.clone()
-
-
-def same_in_place(value, hook=None):
-    value.logical_and_(torch.tensor(True)) if value.dtype == torch.bool else value.mul_(1)
 
 
 def other(value, hook=None):
@@ -55,57 +44,16 @@ def through_hooks(model, x, name, edit):
     return model.run_with_hooks(x, fwd_hooks=[(name, edit)])
 
 
-WAYS = [through_trace, through_hooks]
-
-
 @pytest.fixture(scope="module")
 def clean(rand, rx):
     return rand.run(rx).logits
-
-
-@pytest.mark.parametrize("name", VOCABULARY.names)
-def test_hook_fires_with_its_documented_axes(rand, rx2, name):
-    cfg, n_pos = rand.cfg, rx2.n_pos
-    sizes = {"batch": 2, "pos": n_pos, "query": n_pos, "key": n_pos, "head": cfg.n_heads, "1": 1}
-    sizes |= {"kv_head": cfg.n_key_value_heads, "d_head": cfg.d_head, "d_model": cfg.d_model}
-    sizes |= {"d_mlp": cfg.d_mlp, "image": 2, "token": 16, "d_vision": cfg.d_vision}
-    if name.startswith("vision."):
-        sizes |= {"pos": 17, "query": 17, "key": 17, "head": 4, "kv_head": 4}
-        sizes |= {"d_head": cfg.d_vision_head, "d_model": cfg.d_vision, "d_mlp": 40}
-    state = rand.run(rx2, read=name, logits=False)[name]
-    assert list(state.shape) == [sizes[axis] for axis in rand.hooks.shape(name).split()]
-    assert (state.dtype == torch.bool) == name.endswith("hook_mask")
-
-
-@pytest.mark.parametrize("name", VOCABULARY.names)
-def test_reading_and_identity_edits_change_nothing(rand, rx, clean, name):
-    read = rand.run(rx, read=name).logits
-    if name in WRITTEN_OUT:
-        # one float32 rounding of attention, carried through six blocks with logits up to 5
-        assert torch.allclose(read, clean, atol=5e-5, rtol=0)
-    else:
-        assert torch.equal(read, clean)
-    assert torch.equal(through_trace(rand, rx, name, same_in_place), read)
-    if name not in OFF_PATH:
-        assert torch.equal(through_trace(rand, rx, name, same), read)
-        assert torch.equal(through_hooks(rand, rx, name, same), read)
-        assert torch.equal(through_hooks(rand, rx, name, same_in_place), read)
-
-
-@pytest.mark.parametrize("name", [name for name in VOCABULARY.names if name not in OFF_PATH])
-def test_real_edit_moves_the_logits_however_it_is_written(rand, rx, clean, name):
-    logits = [way(rand, rx, name, edit) for way in WAYS for edit in (other, other_in_place)]
-    assert float((logits[0] - clean).abs().max()) > 1e-2
-    for again in logits[1:]:
-        assert torch.allclose(again, logits[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", OFF_PATH)
 def test_edit_behind_the_adapters_layer_moves_nothing_and_is_refused(rand, rx, clean, name):
     """The only hooks whose edits cannot reach the logits: the test above covers all others."""
     read = rand.run(rx, read=name).logits
-    if name != "vision.blocks.2.hook_resid_pre":  # that is the very tensor the adapter reads
-        assert torch.equal(through_trace(rand, rx, name, other_in_place), read)
+    assert torch.equal(through_trace(rand, rx, name, other_in_place), read)
     with pytest.raises(EditHadNoEffect, match="cannot reach the logits"):
         through_trace(rand, rx, name, other)
     for edit in (other, other_in_place):
@@ -209,7 +157,7 @@ def test_every_entrance_refuses_an_unknown_hook(rand, rx, use):
     calls = {
         "run": lambda: rand.run(rx, read="blocks.0.hook_zz"),
         "run_with_cache": lambda: rand.run_with_cache(rx, names_filter="blocks.0.hook_zz"),
-        "run_with_hooks": lambda: rand.run_with_hooks(rx, fwd_hooks=[("blocks.0.hook_zz", same)]),
+        "run_with_hooks": lambda: rand.run_with_hooks(rx, fwd_hooks=[("blocks.0.hook_zz", other)]),
         "hook": lambda: rand.hook("blocks.0.hook_zz"),
     }
     with pytest.raises(UnknownHook, match=r"blocks\.0\.hook_zz"):
@@ -238,5 +186,6 @@ def test_braces_hold_globs():
     assert VOCABULARY.expand("blocks.0.{attn.hook_q,mlp.*}") == [
         "blocks.0.attn.hook_q",
         "blocks.0.mlp.hook_pre",
+        "blocks.0.mlp.hook_pre_linear",
         "blocks.0.mlp.hook_post",
     ]

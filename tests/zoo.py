@@ -431,3 +431,8 @@ def randomise(module: nn.Module) -> None:
                 parameter.normal_(std=0.25)
             else:  # weights of norms, scales and biases
                 parameter.add_(torch.randn_like(parameter) * 0.25)
+
+
+def inputs(model: Any, name: str, **options: Any) -> Any:
+    """A picture and a question for a model of the case `name`, through its processor."""
+    return model.prepare(picture(), ZOO[name].prompt, **options)

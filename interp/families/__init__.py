@@ -1,7 +1,7 @@
 """One small table a model family: where each hook lives and how its image tokens lie.
 
 `family_of(module)` finds the table for a transformers model. A new family is one file with a
-`Family` in it and one entry in `FAMILIES`.
+`Family` in it and one entry in `FAMILIES`; `docs/families.md` shows how.
 """
 
 from __future__ import annotations
@@ -12,9 +12,24 @@ from torch import nn
 
 from interp.errors import NotMultimodal
 from interp.families.base import Block, Family, Place, Tower
-from interp.families.llava import LLAVA
+from interp.families.gemma import GEMMA3, PALIGEMMA
+from interp.families.idefics import IDEFICS3
+from interp.families.internvl import INTERNVL
+from interp.families.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from interp.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
 
-FAMILIES: tuple[Family, ...] = (LLAVA,)
+FAMILIES: tuple[Family, ...] = (
+    LLAVA,
+    LLAVA_NEXT,
+    LLAVA_ONEVISION,
+    QWEN2_VL,
+    QWEN2_5_VL,
+    QWEN3_VL,
+    GEMMA3,
+    PALIGEMMA,
+    INTERNVL,
+    IDEFICS3,
+)
 
 __all__ = ["FAMILIES", "Block", "Family", "Place", "Tower", "family_of"]
 
@@ -30,7 +45,7 @@ def family_of(model: Any) -> Family:
     model_type = getattr(config, "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
-            return family
+            return family.resolve(config)
     known = ", ".join(t for family in FAMILIES for t in family.model_types)
     if not hasattr(config, "vision_config"):
         raise NotMultimodal(

@@ -1,8 +1,9 @@
 """From the model's square back to the photographer's picture.
 
-An image processor resizes, then perhaps crops. Both are undone by one affine map an axis: a pixel
-at `x` in the model's input lies at `(x + offset) / scale` in the original picture, where `scale`
-is the resize factor and `offset` what the crop cut off on that side (negative where it padded).
+An image processor perhaps pads a picture, resizes it, then perhaps crops it. All that is undone by
+one affine map an axis: a pixel at `x` in the model's input lies at `(x + offset) / scale` in the
+original picture, where `scale` is the resize factor and `offset` what the crop cut off on that side
+(negative where something was added).
 
 >>> g = Geometry(scale=(0.5, 0.5), offset=(8.0, 0.0), target=(16, 16))
 >>> g.boxes(2, 2)[0]          # the upper left of 2 x 2 cells: left, top, right, bottom
@@ -12,9 +13,14 @@ array([16.,  0., 32., 16.])
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+
+from interp.layout import raster_boxes
+
+X, Y = 0, 1
 
 
 @dataclass(frozen=True)
@@ -32,54 +38,88 @@ class Geometry:
     target: tuple[int, int]
 
     @classmethod
+    def stretched(cls, size: tuple[int, int], target: tuple[int, int]) -> Geometry:
+        """The picture fills the model's input, each axis at its own scale."""
+        return cls((target[X] / size[X], target[Y] / size[Y]), (0.0, 0.0), target)
+
+    @classmethod
     def of(cls, processor: Any, size: tuple[int, int], target: tuple[int, int]) -> Geometry:
         """What `processor` does to a picture of `size` = (width, height), ending in `target`.
 
         Args:
-            processor: a transformers image processor, or None for inputs that were made by hand
-                (the picture is then taken to be stretched to the target).
+            processor: a transformers image processor or its `image_settings`, or None for inputs
+                that were made by hand (the picture is then taken to be stretched to the target).
             size: of the original picture.
             target: of the model's input.
 
         Raises:
             NotImplementedError: a processor with a setting this does not undo.
+            ValueError: it makes pictures of another size.
         """
-        if getattr(processor, "do_pad", False):
-            raise NotImplementedError(
-                f"{type(processor).__name__} pads its pictures (do_pad); the way back from a token "
-                "to its pixels is not known for that yet"
-            )
-        width, height = size
-        resized = (width, height)
         if processor is None:
-            resized = target
-        elif processor.do_resize:
-            resized = _resized(dict(processor.size), width, height, type(processor).__name__)
-        if processor is not None and processor.do_center_crop:
+            return cls.stretched(size, target)
+        kind = getattr(processor, "kind", type(processor).__name__)
+        width, height = size
+        pad = (0, 0)
+        if getattr(processor, "do_pad", False):
+            if not hasattr(processor, "pad_to_square"):
+                raise NotImplementedError(
+                    f"{kind} pads its pictures (do_pad) in a way that is not known here, so the "
+                    "way back from a token to its pixels is not either"
+                )
+            side = max(size)
+            pad = ((side - width) // 2, (side - height) // 2)
+            width = height = side
+        resized = (width, height)
+        if processor.do_resize:
+            resized = _resized(dict(processor.size), width, height, kind)
+        cropped = resized
+        if getattr(processor, "do_center_crop", False):
             crop = dict(processor.crop_size)
             cropped = (crop["width"], crop["height"])
-        else:
-            cropped = resized
         if cropped != target:
             raise ValueError(
                 f"the processor makes {cropped[0]} x {cropped[1]} pixels of a picture, but the "
                 f"vision tower takes {target[0]} x {target[1]}"
             )
+        scale = (resized[X] / width, resized[Y] / height)
         # transformers' center_crop starts at (resized - crop) // 2, which pads when negative
-        offset = ((resized[0] - cropped[0]) // 2, (resized[1] - cropped[1]) // 2)
-        return cls(
-            scale=(resized[0] / width, resized[1] / height),
-            offset=(float(offset[0]), float(offset[1])),
-            target=target,
-        )
+        offset = [(resized[i] - cropped[i]) // 2 - pad[i] * scale[i] for i in (X, Y)]
+        return cls(scale, (float(offset[X]), float(offset[Y])), target)
+
+    def back(self, axis: int, at: np.ndarray) -> np.ndarray:
+        """Model coordinates along an axis (`X` or `Y`), as coordinates in the original picture."""
+        return (at + self.offset[axis]) / self.scale[axis]
 
     def boxes(self, rows: int, cols: int) -> np.ndarray:
         """Boxes (left, top, right, bottom) in the original picture of a rows x cols grid."""
-        x = (np.linspace(0, self.target[0], cols + 1) + self.offset[0]) / self.scale[0]
-        y = (np.linspace(0, self.target[1], rows + 1) + self.offset[1]) / self.scale[1]
-        left, top = np.meshgrid(x[:-1], y[:-1])
-        right, bottom = np.meshgrid(x[1:], y[1:])
-        return np.stack([left, top, right, bottom], axis=-1).reshape(-1, 4)
+        x, y = (np.linspace(0, self.target[axis], n + 1) for axis, n in ((X, cols), (Y, rows)))
+        columns, lines = (np.stack([edge[:-1], edge[1:]], axis=1) for edge in (x, y))
+        return raster_boxes(self.back(X, columns), self.back(Y, lines))
+
+
+def image_settings(processor: Any) -> Any:
+    """What a processor's image part will do: its own settings under those the processor sets.
+
+    Args:
+        processor: a transformers processor, or None.
+
+    Returns:
+        An object with the image processor's attributes, and `kind`, its name; None for None.
+    """
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        return None
+    made = SimpleNamespace(kind=type(images).__name__)
+    for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad"):
+        setattr(made, name, getattr(images, name, None))
+    for name in getattr(type(images), "valid_kwargs", dict).__annotations__:
+        setattr(made, name, getattr(images, name, None))
+    if hasattr(images, "pad_to_square"):
+        made.pad_to_square = images.pad_to_square
+    above = getattr(processor, "images_kwargs", {})
+    vars(made).update({name: value for name, value in above.items() if value is not None})
+    return made
 
 
 def _resized(size: dict[str, int], width: int, height: int, name: str) -> tuple[int, int]:

@@ -1,0 +1,298 @@
+"""Layouts of families that look twice: at the whole picture, and at tiles of it.
+
+* `anyres` (LLaVA-NeXT, LLaVA-OneVision): resize with the aspect kept, pad to a canvas of whole
+  tiles, encode tile by tile. Behind the adapter the tiles are put together again, columns or rows
+  that are padding are cut off, a newline token ends each row, and OneVision resamples what is still
+  too large.
+* `tiled_thumbnail` (InternVL) and `tiled_global` (Idefics3, SmolVLM): stretch the picture over a
+  canvas of whole tiles. Tokens stay tile by tile; the whole picture comes last.
+
+A picture that is not cut has the view "base" alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from interp.families.geometry import Geometry, X, Y, image_settings
+from interp.families.layouts_parts import (
+    Sizes,
+    Tiles,
+    model_pixels,
+    number,
+    patches_of,
+    prefix_tokens,
+    rows_of_batch,
+    several,
+    tiled_lattice,
+    tiled_view,
+    tiles_needed,
+)
+from interp.layout import Lattice, Layout, View, numbers, raster_boxes
+
+
+def anyres(
+    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+) -> list[Layout]:
+    """The whole picture, then its tiles row by row with newline tokens: LLaVA-NeXT and OneVision.
+
+    OneVision takes several pictures of one prompt without tiles, padded to a square.
+
+    Raises:
+        NotImplementedError: CLS is fed on, which leaves no grid, or a square that is cropped.
+    """
+    width, height = model_pixels(tensors)
+    side = config.vision_config.image_size
+    settings = image_settings(processor)
+    prefix, fed = prefix_tokens(config)
+    if fed or (width, height) != (side, side):
+        raise NotImplementedError(
+            f"tiles of {width} x {height} pixels with {fed} extra token(s): only the vision "
+            f"tower's own {side} x {side}, without CLS, can be put together to a picture"
+        )
+    counts = tensors.get("batch_num_images")
+    alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else None
+    canvases = [
+        _canvas(config, size) if alone is None or alone[i] else None for i, size in enumerate(sizes)
+    ]
+    n_rows = sum(1 + (g.target[X] * g.target[Y] // side**2 if g else 0) for g in canvases)
+    out, row = [], 0
+    for size, canvas in zip(sizes, canvases, strict=True):
+        # a lone square picture is stretched; transformers pads the pictures of a longer prompt
+        whole = Geometry.stretched(size, (side, side))
+        if canvas is None and settings is not None:
+            whole = Geometry.of(_padded(settings), size, (side, side))
+        x, y = patches_of(whole, config.vision_config)
+        base = tiled_view("base", x, y, row=row, n_rows=n_rows, prefix=prefix)
+        row, first = row + 1, len(base.slots)
+        if canvas is None:
+            out.append(Layout(first + 1, (base,)))  # one newline token
+            continue
+        grid = (canvas.target[Y] // side, canvas.target[X] // side)
+        fine = _fine_view(config, canvas, grid, size, (row, n_rows, prefix, first))
+        rows, cols = fine.shape
+        out.append(Layout(first + rows * (cols + 1), (base, fine)))
+        row += grid[0] * grid[1]
+    return out
+
+
+def tiled_thumbnail(
+    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+) -> list[Layout]:
+    """Tiles, then the whole picture, small: InternVL."""
+    n_rows = len(tensors["pixel_values"])
+    settings = image_settings(processor)
+    if tiles is None:
+        if settings is None and n_rows != len(sizes):
+            raise tiles_needed(n_rows, len(sizes), "tiles", "without the thumbnail")
+        tiles = [_closest_canvas(settings, size, model_pixels(tensors)) for size in sizes]
+    rows_of_batch(tensors, sum(1 + several(t) for t in tiles), "tiles and thumbnails")
+    merge = round(1 / config.downsample_ratio)
+    return _tiles_then_whole(config, model_pixels(tensors), sizes, tiles, n_rows, merge)
+
+
+def tiled_global(
+    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+) -> list[Layout]:
+    """Tiles between words that name them, then the whole picture: Idefics3 and SmolVLM.
+
+    `pixel_values` is `[batch, tile, 3, height, width]`, filled up with tiles of zeros that the
+    model drops.
+    """
+    pixels = tensors["pixel_values"]
+    n_rows = int(pixels.flatten(2).any(-1).sum())
+    settings = image_settings(processor)
+    if tiles is None:
+        if settings is None and n_rows != len(sizes):
+            raise tiles_needed(n_rows, len(sizes), "tiles", "without the whole picture")
+        tiles = [_split(settings, size) for size in sizes]
+    n = sum(1 + several(t) for t in tiles)
+    if n != n_rows:
+        raise ValueError(
+            f"pixel_values has {n_rows} tiles that are not all zero where these pictures give {n}"
+        )
+    return _tiles_then_whole(
+        config, model_pixels(tensors), sizes, tiles, n_rows, config.scale_factor
+    )
+
+
+def _tiles_then_whole(
+    config: Any,
+    tile: tuple[int, int],
+    sizes: Sizes,
+    tiles: Tiles,
+    n_rows: int,
+    merge: int,
+) -> list[Layout]:
+    prefix, fed = prefix_tokens(config)
+    if fed:
+        raise NotImplementedError("a CLS token among the image tokens leaves no grid to shuffle")
+    out, row = [], 0
+    for size, (rows, cols) in zip(sizes, tiles or (), strict=True):
+        views, n_slots = [], 0
+        for name, grid in (("tiles", (rows, cols)), ("base", (1, 1))):
+            if name == "tiles" and not several(grid):
+                continue
+            canvas = Geometry.stretched(size, (grid[1] * tile[X], grid[0] * tile[Y]))
+            x, y = patches_of(canvas, config.vision_config, grid)
+            view = tiled_view(
+                name, x, y, tiles=grid, row=row, n_rows=n_rows, slot=n_slots, merge=merge,
+                prefix=prefix,
+            )  # fmt: skip
+            views.append(view)
+            n_slots += len(view.slots)
+            row += grid[0] * grid[1]
+        out.append(Layout(n_slots, tuple(views)))
+    return out
+
+
+# -- anyres ----------------------------------------------------------------------------------------
+
+
+def _canvas(config: Any, size: tuple[int, int]) -> Geometry:
+    """The picture on the canvas of tiles that suits it best."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    width, height = size
+    high, wide = select_best_resolution((height, width), config.image_grid_pinpoints)
+    # as transformers' get_patch_output_size: the other edge is rounded up, for the pixels only
+    if wide / width < high / height:
+        resized = wide, min(math.ceil(height * (wide / width)), high)
+    else:
+        resized = min(math.ceil(width * (high / height)), wide), high
+    return Geometry(
+        scale=(resized[X] / width, resized[Y] / height),
+        offset=(-float((wide - resized[X]) // 2), -float((high - resized[Y]) // 2)),
+        target=(wide, high),
+    )
+
+
+def _padded(settings: Any) -> Any:
+    settings.do_pad = True
+    return settings
+
+
+def _fine_view(
+    config: Any,
+    canvas: Geometry,
+    grid: tuple[int, int],
+    size: tuple[int, int],
+    start: tuple[int, int, int, int],
+) -> View:
+    """The view "tiles": what is left of the canvas when the padding is cut off.
+
+    Args:
+        config: the model's configuration.
+        canvas: the picture on the canvas.
+        grid: (rows, columns) of tiles.
+        size: of the original picture.
+        start: first row of the tower's batch, its rows, tokens in front of the patches, and the
+            first placeholder.
+    """
+    from transformers.models.llava_next.modeling_llava_next import unpad_image
+
+    row, n_rows, prefix, slot = start
+    x, y = patches_of(canvas, config.vision_config, grid)
+    # which patches are left is the model's own rule, asked with the patches' numbers
+    number_of = torch.arange(len(x) * len(y)).reshape(1, len(y), len(x))
+    kept = unpad_image(number_of, (size[Y], size[X]))[0].numpy()
+    columns, lines = kept[0] % len(x), kept[:, 0] // len(x)
+
+    def cut(whole: Lattice) -> Lattice:
+        at = whole.at[kept.ravel()]
+        return Lattice(kept.shape, raster_boxes(x[columns], y[lines]), at, whole.extent)
+
+    patches = cut(tiled_lattice(x, y, grid, row, n_rows, prefix))
+    adapter = cut(tiled_lattice(x, y, grid, row, n_rows, 0))
+    rows, cols = _resampled(config, kept.shape)
+    boxes = raster_boxes(_regrid(x[columns], cols), _regrid(y[lines], rows))
+    slots = (slot + numbers((rows, cols + 1))[:, :-1]).ravel()  # a newline token ends each row
+    return View("tiles", (rows, cols), boxes, slots, adapter, patches)
+
+
+def _resampled(config: Any, shape: tuple[int, int]) -> tuple[int, int]:
+    """The grid that OneVision's "anyres_max_N" leaves of a larger one: about N tiles' worth."""
+    kind = getattr(config, "vision_aspect_ratio", None)
+    if kind is None:
+        return shape
+    rows, cols = shape
+    side = config.vision_config.image_size // number(config.vision_config.patch_size)
+    ratio = math.sqrt(rows * cols / (int(kind.removeprefix("anyres_max_")) * side**2))
+    return (int(rows // ratio), int(cols // ratio)) if ratio > 1.1 else shape
+
+
+def _regrid(edges: np.ndarray, n: int) -> np.ndarray:
+    """(start, end) of `n` equal parts of a row of patches, `[n, 2]`.
+
+    >>> _regrid(np.array([[0, 2], [2, 4], [5, 7]]), 2).tolist()
+    [[0.0, 3.0], [3.0, 7.0]]
+    """
+    at = np.linspace(0, len(edges), n + 1)
+    first = np.minimum(np.floor(at[:-1]).astype(int), len(edges) - 1)
+    last = np.maximum(np.ceil(at[1:]).astype(int) - 1, 0)
+    length = edges[:, 1] - edges[:, 0]
+    start = edges[first, 0] + (at[:-1] - first) * length[first]
+    end = edges[last, 0] + (at[1:] - last) * length[last]
+    return np.stack([start, end], axis=1)
+
+
+# -- how a picture is cut --------------------------------------------------------------------------
+
+
+def _closest_canvas(settings: Any, size: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of InternVL's tiles; (1, 1) where the picture is not cut."""
+    if settings is None or not settings.crop_to_patches or settings.max_patches <= 1:
+        return 1, 1
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
+
+    cols, rows = get_optimal_tiled_canvas(
+        (size[Y], size[X]), (tile[Y], tile[X]), settings.min_patches, settings.max_patches
+    )
+    return rows, cols
+
+
+def _split(settings: Any, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of Idefics3's tiles, by its processor's rules; (0, 0) if not cut."""
+    if settings is None or not settings.do_image_splitting:
+        return 0, 0
+    width, height = size
+    if settings.do_resize:
+        longest = dict(settings.size).get("longest_edge")
+        if longest is None:
+            raise NotImplementedError(
+                f"{settings.kind} resizes by {dict(settings.size)}; only longest_edge is known"
+            )
+        width, height = _longest(width, height, longest)
+    tile = settings.max_image_size["longest_edge"]
+    ratio = width / height
+    if width >= height:
+        width = math.ceil(width / tile) * tile
+        height = math.ceil(int(width / ratio) / tile) * tile
+    else:
+        height = math.ceil(height / tile) * tile
+        width = math.ceil(int(height * ratio) / tile) * tile
+    rows, cols = height // tile, width // tile
+    return (rows, cols) if rows * cols > 1 else (0, 0)
+
+
+def _longest(width: int, height: int, longest: int) -> tuple[int, int]:
+    """A size whose longer edge is `longest`, and the other one even."""
+    limit = 4096  # the largest that Idefics3's processor makes
+    ratio = width / height
+    if width >= height:
+        width, height = longest, int(longest / ratio)
+        height += height % 2
+        if width > limit:
+            width, height = limit, int(limit / (width / height))
+    else:
+        width, height = int(longest * ratio), longest
+        width += width % 2
+        if height > limit:
+            width, height = int(limit * (width / height)), limit
+    return max(width, 1), max(height, 1)
