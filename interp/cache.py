@@ -374,11 +374,12 @@ class StreamCache(ActivationCache):
                 states[f"blocks.{layer}.hook_resid_post"] = states[entering]
         for layer, block in enumerate(self.model.blocks if self.model.post_norms else ()):
             prefix = f"blocks.{layer}"
-            if heads and f"{prefix}.attn.hook_z" in states:
-                scale = self[f"{prefix}.ln1_post.hook_scale"].unsqueeze(-1)
-                states[f"{prefix}.attn.hook_z"] = states[f"{prefix}.attn.hook_z"] / scale
-                if (result := f"{prefix}.attn.hook_result") in states:
-                    states[result] = states[result] / scale * block.ln1_post.w
+            for hook in ("hook_z", "hook_result") if heads else ():
+                if (name := f"{prefix}.attn.{hook}") in states:
+                    scale = self[f"{prefix}.ln1_post.hook_scale"].unsqueeze(-1)
+                    # W_O of `_Writers` holds the norm's weight for z; a result has passed W_O
+                    weight = block.ln1_post.w if hook == "hook_result" else 1.0
+                    states[name] = states[name] / scale * weight
             if neurons and f"{prefix}.mlp.hook_post" in states:
                 scale = self[f"{prefix}.ln2_post.hook_scale"]
                 states[f"{prefix}.mlp.hook_post"] = states[f"{prefix}.mlp.hook_post"] / scale

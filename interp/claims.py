@@ -1,13 +1,12 @@
 """What the hook names claim, as equations between the tensors there.
 
 A name is a promise: that `hook_resid_mid` is `hook_resid_pre` plus `hook_attn_out`, that a row of
-`hook_pattern` sums to one, that `hook_mlp_out` comes from `mlp.hook_post`. The functions here run
-a model and tell by how much each promise is broken: `blocks` those within and between the blocks of
-a tower, `adapter` those about what the adapter and its like read, `logits` those about the way out.
+`hook_pattern` sums to one, that `hook_mlp_out` comes from `mlp.hook_post`. `blocks` runs a
+model and tells by how much each promise is broken, within each block of a tower and between them.
 
 The tensors come from the hooks; beside them stands what torch itself sees going in and out of the
 modules (`watch`), and the weights, so a table that names the wrong module cannot agree with itself.
-`interp.trials` has the claims that are no equations, `interp.check` draws the conclusions.
+`interp.trials` has the claims about the rest of the model, `interp.check` draws the conclusions.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from interp.model import MLLM
 #: names by which MLPs call their activation function, and attention its norms of queries and keys
 ACTIVATIONS = ("act_fn", "activation_fn", "act", "activation")
 HEAD_NORMS = {"q": "q_norm", "k": "k_norm"}
-#: names by which configurations call the bounds on attention scores and on logits
-SOFTCAP, FINAL_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
+#: the name by which configurations call a bound on attention scores
+SOFTCAP = "attn_logit_softcapping"
 
 Seen = dict[str, tuple[Tensor, Tensor]]
 
@@ -57,6 +56,7 @@ class Finding(NamedTuple):
 def blocks(model: MLLM, x: Inputs, *, vision: bool) -> Iterator[Finding]:
     """The claims within each block of a tower, and that blocks hand on what they made."""
     prefix = "vision." if vision else ""
+    config: Any = model.config
     n_layers = model.cfg.n_vision_layers if vision else model.cfg.n_layers
     for layer in range(n_layers):
         here, following = f"{prefix}blocks.{layer}.", f"{prefix}blocks.{layer + 1}.hook_resid_pre"
@@ -72,68 +72,10 @@ def blocks(model: MLLM, x: Inputs, *, vision: bool) -> Iterator[Finding]:
         if not last:
             left = precise(run[f"{here}hook_resid_post"]).clone()
             if deep:  # Qwen3-VL adds what an extra merger read, at the image tokens
-                is_image = x.tensors["input_ids"] == model.config.image_token_id  # type: ignore[union-attr]
-                left[is_image.to(left.device)] += precise(run[deepstack]).flatten(0, -2)
+                ids = x.tensors["input_ids"].to(left.device)
+                left[ids == config.image_token_id] += precise(run[deepstack]).flatten(0, -2)
             claim = "resid_post = resid_pre of the next block"
             yield Finding(claim, worst(precise(run[following]), left), here)
-
-
-def adapter(model: MLLM, x: Inputs) -> Iterator[Finding]:
-    """What the adapter and the deepstack mergers read is what the table says.
-
-    The adapter may get a part of the stage (without CLS), in another order (pixels shuffled), so
-    the values are compared after sorting.
-    """
-    final = "vision.ln_final.hook_normalized"
-    through_norm = final in model.hooks.names
-    deepstack = [
-        f"vision.blocks.{layer}.hook_resid_post"
-        for layer in model.family.deepstack_reads(model.config)
-    ]
-    read = [*model.vision_reads, *deepstack, "adapter.hook_in", *([final] * through_norm)]
-    mergers = {
-        str(k): module_at(model.module, f"{model.family.deepstack}.{k}")
-        for k in range(len(deepstack))
-    }
-    with watch(mergers) as seen:
-        run = model.run(x, read=read)
-    stage = torch.cat([precise(run[name]) for name in model.vision_reads], dim=-1)
-    where = " and ".join(model.vision_reads)
-    if through_norm:
-        tower = model.family.vision
-        stage = affine(
-            module_at(model.module, tower.final_norm), precise(run[final]), tower.names.norm_offset
-        )
-        where += ", through the final norm"
-    entered = precise(run["adapter.hook_in"])
-    per_position = stage.shape[0] * stage.shape[2]
-    kept = stage[:, stage.shape[1] - entered.numel() // per_position :]
-    error = worst(entered.flatten().sort().values, kept.flatten().sort().values)
-    yield Finding("adapter.hook_in is the stage it reads", error, where)
-    for merger, name in enumerate(deepstack):
-        entered = precise(seen[str(merger)][0])
-        error = worst(entered.flatten(), precise(run[name]).flatten())
-        yield Finding("deepstack mergers read their stages", error, f"deepstack.{merger}, {name}")
-
-
-def logits(model: MLLM, x: Inputs) -> Iterator[Finding]:
-    """From the last block to the logits: the final norm, the unembedding, and a bound on them."""
-    tower = model.family.language
-    last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    run = model.run(x, read=[last, "ln_final.hook_scale", "ln_final.hook_normalized"])
-    norm = module_at(model.module, tower.final_norm)
-    normalized, scale = (precise(run[f"ln_final.hook_{at}"]) for at in ("normalized", "scale"))
-    error = worst(normalized * scale, centred(norm, precise(run[last])))
-    yield Finding("last resid_post / scale = ln_final.normalized", error, "ln_final")
-    out = affine(norm, normalized, tower.names.norm_offset)
-    unembed: Any = module_at(model.module, model.family.unembed)
-    assert run.logits is not None
-    with torch.no_grad():
-        made = precise(unembed(out.to(run.logits.dtype)))
-    cap = getattr(getattr(model.config, tower.config), FINAL_SOFTCAP, None)
-    where = model.family.unembed if cap is None else f"{model.family.unembed}, softcap {cap:g}"
-    made = made if cap is None else cap * torch.tanh(made / cap)
-    yield Finding("ln_final, unembedded, gives the logits", worst(precise(run.logits), made), where)
 
 
 # -- one block -------------------------------------------------------------------------------------
@@ -300,7 +242,7 @@ class BlockClaims:
             )
         with torch.no_grad():
             out = down.forward(post.to(self._seen["mlp_post"][0].dtype))
-        yield "mlp.post feeds the MLP's output", worst(precise(out), precise(self._seen["mlp"][1]))
+        yield "mlp.post feeds the MLP's output", worst(precise(out), self.seen("mlp", 1))
 
 
 # -- helpers ---------------------------------------------------------------------------------------

@@ -247,6 +247,7 @@ class _LayerMask:
                 self.query,
                 key,
                 scaling=float(self.attention._module.scaling),
+                softcap=getattr(self.attention._module, "attn_logit_softcapping", None),
                 mask=effect.after if effect.edit.opens else effect.before,
                 edges=effect.edges,
                 heads=effect.edit.heads,  # type: ignore[arg-type]

@@ -42,7 +42,6 @@ def build_grids(
     input_ids: np.ndarray,
     image_token: int,
     layouts: Sequence[Layout],
-    sizes: Sequence[tuple[int, int]],
 ) -> Grids:
     """The grids of a prepared batch.
 
@@ -50,7 +49,6 @@ def build_grids(
         input_ids: `[batch, pos]`, in which `image_token` stands once for each placeholder.
         image_token: its id.
         layouts: of the pictures, in the order in which they appear.
-        sizes: (width, height) of each original picture.
 
     Raises:
         ValueError: the prompts hold another number of placeholders than the pictures need, or a
@@ -80,7 +78,7 @@ def build_grids(
             llm.append((image, view.name, view.shape, view.boxes, own[view.slots]))
             for pieces, lattice in ((adapter, view.adapter), (vision, view.patches)):
                 pieces.append((image, view.name, lattice.shape, lattice.boxes, lattice.at))
-    first = layouts[0].views[0]
+    first, sizes = layouts[0].views[0], [layout.size for layout in layouts]
     n_batch, n_pos = input_ids.shape
     none = np.zeros((0, 2), dtype=int)
     return Grids(

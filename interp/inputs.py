@@ -155,13 +155,10 @@ def from_tensors(
     for name in ("input_ids", "pixel_values"):
         if name not in tensors:
             raise ValueError(f"no {name} among {', '.join(tensors) or 'the tensors'}")
-    if sizes is None:
-        sizes = _own_sizes(config, tensors, tiles)
-    made = dict(tensors)
     if processor is not None and tiles is not None:
         raise ValueError("the processor tells how pictures are cut: give it or tiles, not both")
-    n_rows = len(made["input_ids"])
-    return _assemble(family, config, processor, made, list(sizes), tiles, ("",) * n_rows)
+    prompts = ("",) * len(tensors["input_ids"])
+    return _assemble(family, config, processor, dict(tensors), sizes, tiles, prompts)
 
 
 def _assemble(
@@ -169,7 +166,7 @@ def _assemble(
     config: Any,
     processor: Any,
     tensors: dict[str, Tensor],
-    sizes: Sequence[tuple[int, int]],
+    sizes: Sequence[tuple[int, int]] | None,
     tiles: Sequence[tuple[int, int]] | None,
     prompts: tuple[str, ...],
 ) -> Inputs:
@@ -192,43 +189,8 @@ def _assemble(
     # in the order of the table, whatever order they came in
     tensors = {n: tensors[n] for n in (*family.COMMON, *family.inputs) if n in tensors}
     layouts = family.layout(config, processor, tensors, sizes, tiles)
-    grids = build_grids(ids.cpu().numpy(), config.image_token_id, layouts, sizes)
+    grids = build_grids(ids.cpu().numpy(), config.image_token_id, layouts)
     return Inputs(tensors, grids.llm, prompts, grids.vision, grids.adapter)
-
-
-def _own_sizes(
-    config: Any, tensors: Mapping[str, Tensor], tiles: Sequence[tuple[int, int]] | None
-) -> list[tuple[int, int]]:
-    """(width, height) of pictures whose originals are not told: the pixels the model is given."""
-    if "image_sizes" in tensors:
-        return [(width, height) for height, width in tensors["image_sizes"].tolist()]
-    if "image_grid_thw" in tensors:
-        patch = config.vision_config.patch_size
-        return [
-            (cols * patch, rows * patch) for _, rows, cols in tensors["image_grid_thw"].tolist()
-        ]
-    pixels = tensors["pixel_values"]
-    height, width = pixels.shape[-2:]
-    if tiles is not None:
-        return [(max(cols, 1) * width, max(rows, 1) * height) for rows, cols in tiles]
-    # tiles of zeros fill a batch up; where one row of the rest is one picture, that is its size
-    n = len(pixels) if pixels.ndim == 4 else int(pixels.flatten(2).any(-1).sum())
-    runs = _runs(tensors["input_ids"], config.image_token_id)
-    if runs and n % runs == 0 and n == runs:
-        return [(width, height)] * n
-    raise ValueError(
-        f"{n} squares of pixels for {runs} run(s) of image placeholders: the tensors alone do not "
-        "say which belong to one picture. Give tiles=[(rows, columns), ...], one a picture, (0, 0) "
-        "for one that was not cut, or the processor and sizes=[(width, height), ...]"
-    )
-
-
-def _runs(input_ids: Tensor, image_token: int) -> int:
-    """Unbroken runs of image placeholders."""
-    is_image = (input_ids == image_token).int()
-    starts = is_image.clone()
-    starts[:, 1:] -= is_image[:, :-1]
-    return int((starts > 0).sum())
 
 
 def _with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:

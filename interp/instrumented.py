@@ -118,11 +118,14 @@ class Instrumented:
     # -- what the names mean on this model ---------------------------------------------------------
 
     def grid_of(self, name: str, x: Inputs) -> TokenGrid:
-        """Where the image tokens of a hook's tensor lie: in the LLM, the adapter or the vision tower.
+        """Where the pieces of the pictures lie in a hook's tensor.
+
+        In the language model these are its image tokens, in the vision tower its patches (as many,
+        or several a token), behind the adapter its vectors.
 
         Raises:
-            ValueError: the hook has no axis of tokens (scores, patterns, masks), or none in which
-                one vector is one piece of the picture.
+            ValueError: the hook has no axis of tokens (scores, patterns, masks), or holds other
+                things there.
         """
         name = canonical(name)
         if self.hooks.shape(name).split()[1] not in ("pos", "token"):
@@ -147,11 +150,6 @@ class Instrumented:
             return x.patches
         if not name.startswith(("adapter.", "deepstack.")):
             return x.grid
-        if x.adapter is None:
-            raise ValueError(
-                f"in {name!r} no one vector is one image token: {self.family.name} interpolates "
-                "tiles behind the adapter; read blocks.0.hook_resid_pre"
-            )
         return x.adapter
 
     def path(self) -> Path:

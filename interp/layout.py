@@ -68,10 +68,13 @@ class Layout:
     """One picture's image tokens.
 
     Attributes:
+        size: (width, height) of the original picture; where nobody told it, of what the model is
+            given.
         n_slots: placeholders that it takes in the prompt, with those that are no cell of a view.
         views: in the order of their placeholders.
     """
 
+    size: tuple[int, int]
     n_slots: int
     views: tuple[View, ...]
 

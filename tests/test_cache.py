@@ -188,6 +188,21 @@ def test_heads_and_neurons_are_what_was_written(name):
     close(one, neurons[64 + 5])
 
 
+@pytest.mark.parametrize("name", ["llava-clip-llama", "gemma3"])
+def test_cached_results_are_used(name):
+    """`cache["result", l]` is what the hook holds; heads are made of it what they write."""
+    this = case(name)
+    kept = "blocks.*.{attn.hook_result,ln1_post.hook_scale}" if name == "gemma3" else "*hook_result"
+    _, few = this.model.run_with_cache(this.x, names_filter=kept)
+    close(few.stack_head_results(), this.cache.stack_head_results())
+    close(
+        few["result", 1], this.model.run(this.x, read="*hook_result")["blocks.1.attn.hook_result"]
+    )
+    computed = this.cache.apply_slice_to_batch_dim([0])
+    computed.compute_head_results()
+    close(computed["result", 1], few["result", 1])
+
+
 @pytest.mark.parametrize("name", ["llava-clip-llama", "qwen3-vl", "gemma3", "biased"])
 def test_projecting_before_is_projecting_after(name):
     this = case(name)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from interp.errors import ImageError
+from interp.families import family_of
+from interp.inputs import from_tensors, prepare
+from tests.zoo import ZOO, build
+from tests.zoo import picture as noise
 
 QUESTION = "what is in the picture ?"
 
@@ -104,9 +110,37 @@ def test_processor_without_a_chat_template_gets_the_placeholder_in_front(tiny, p
     assert tiny.prepare(pixels, "sea").prompts == ("<image>\nsea",)
 
 
-def test_two_placeholders_for_one_picture_are_refused(tiny, pixels):
-    with pytest.raises(ValueError, match=r"placeholder|images"):
-        tiny.prepare(pixels, "<image> <image> sea")
+@pytest.mark.parametrize("n", [1, 3])
+def test_placeholders_that_are_not_one_a_picture_are_refused(tiny, pixels, n):
+    with pytest.raises(ValueError, match=rf"2 image placeholders '<image>' for {n} pict.*or none"):
+        tiny.prepare([[pixels] * n], "<image> <image> sea")
+
+
+def test_several_pictures_of_a_row_go_through_the_chat_template(tiny, pixels):
+    x = tiny.prepare([[pixels, pixels[:, ::-1]], pixels[:30]], QUESTION)
+    assert [prompt.count("<image>") for prompt in x.prompts] == [2, 1]
+    grid = x.grid
+    assert grid.row[[grid.of_image(i)[0] for i in range(3)]].tolist() == [0, 0, 1]
+    assert grid.sizes == ((90, 60), (90, 60), (90, 30))
+    assert np.array_equal(grid.is_image, x.tensors["input_ids"] == tiny.config.image_token_id)
+    written = tiny.prepare([[pixels, pixels[:, ::-1]], [pixels[:30]]], list(x.prompts))
+    assert torch.equal(written.tensors["input_ids"], x.tensors["input_ids"])
+
+
+def test_row_without_a_picture_is_refused(tiny, pixels):
+    with pytest.raises(ImageError, match="row 1 has no picture"):
+        tiny.prepare([[pixels], []], QUESTION)
+
+
+def test_setting_for_one_call_is_checked_and_forgotten(tiny, pixels):
+    usual = tiny.prepare(pixels, QUESTION)
+    whole = tiny.prepare(pixels, QUESTION, size={"height": 80, "width": 80})
+    assert whole.grid.box[[0, -1]].tolist() == [[0, 0, 9, 6], [81, 54, 90, 60]]
+    assert not torch.equal(whole.tensors["pixel_values"], usual.tensors["pixel_values"])
+    again = tiny.prepare(pixels, QUESTION)
+    assert torch.equal(again.tensors["pixel_values"], usual.tensors["pixel_values"])
+    with pytest.raises(ValueError, match=r"has no setting do_crop; it has .*do_center_crop"):
+        tiny.prepare(pixels, QUESTION, do_crop=False)
 
 
 @pytest.mark.parametrize(
@@ -149,3 +183,172 @@ def test_file_that_is_no_picture_is_refused(tiny, tmp_path):
 def test_wrong_number_of_texts_is_refused(tiny, picture, n_pictures, texts, says):
     with pytest.raises(ValueError, match=says):
         tiny.prepare([picture] * n_pictures, texts)
+
+
+# -- every family ----------------------------------------------------------------------------------
+
+TEMPLATE = (
+    "{% for m in messages %}user : {% for c in m['content'] %}{% if c['type'] == 'image' %}"
+    "PLACE {% else %}{{ c['text'] }}{% endif %}{% endfor %} assistant :{% endfor %}"
+)
+ROWS = [[noise(48, 48), noise(40, 40, seed=1)], [noise(64, 64, seed=2)]]
+TEXTS = ["what is in the picture ?", "what ?"]
+IDEFICS = ("idefics3", "smolvlm")
+SIZES = [(48, 48), (40, 40), (64, 64)]
+
+
+@cache
+def case(name):
+    """Family, configuration and processor (with a chat template) of a case of the zoo."""
+    module, processor = build(name)
+    processor.chat_template = TEMPLATE.replace("PLACE", processor.image_token)
+    return family_of(module), module.config, processor
+
+
+def same(first, second) -> bool:
+    """Whether two grids say the same."""
+    arrays = all(
+        np.array_equal(getattr(first, field), getattr(second, field))
+        for field in ("row", "position", "image", "view", "cell", "box", "fillers")
+    )
+    named = ("shapes", "sizes", "view_names", "view_image", "n_batch", "n_pos")
+    return arrays and all(getattr(first, f) == getattr(second, f) for f in named)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ZOO)
+def test_batches_of_several_pictures_keep_rows_apart_and_pad_on_the_tokenizers_side(name, side):
+    family, config, processor = case(name)
+    processor.tokenizer.padding_side = side
+    x = prepare(family, config, processor, ROWS, TEXTS)
+    assert x.grid.sizes == tuple(SIZES)
+    assert [set(x.grid.row[x.grid.of_image(i)]) for i in range(3)] == [{0}, {0}, {1}]
+    if name == "internvl":
+        side = "left"  # its processor insists
+    first, last = (0, -1) if side == "left" else (-1, 0)
+    assert not x.tensors["attention_mask"][:, first].all()
+    assert x.tensors["attention_mask"][:, last].all()
+    assert not (x.is_text & (x.tensors["attention_mask"].numpy() == 0)).any()
+    assert x.tensors.keys() >= set(family.needs)
+    # a row is what it is alone
+    for row, pictures in enumerate(ROWS):
+        alone = prepare(family, config, processor, [pictures], TEXTS[row])
+        kept = x.tensors["attention_mask"][row].bool()
+        assert torch.equal(x.tensors["input_ids"][row][kept], alone.tensors["input_ids"][0])
+        assert np.array_equal(x.grid.is_image[row][kept], alone.grid.is_image[0])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_ready_made_tensors_give_the_same_inputs(name):
+    family, config, processor = case(name)
+    x = prepare(family, config, processor, ROWS, TEXTS)
+    tensors = dict(reversed(x.tensors.items()))
+    made = from_tensors(family, config, tensors, sizes=SIZES, processor=processor)
+    assert list(made.tensors) == list(x.tensors)
+    for grids in ((x.grid, made.grid), (x.patches, made.patches), (x.adapter, made.adapter)):
+        assert same(*grids)
+    # and with what only a processor knows told by hand (squares: nothing is cropped)
+    tiles = {
+        "idefics3": [(3, 3)] * 3,
+        "smolvlm": [(3, 3)] * 3,
+        "internvl": [(2, 2), (1, 1), (2, 2)],
+    }
+    byhand = from_tensors(family, config, tensors, sizes=SIZES, tiles=tiles.get(name))
+    for grids in ((x.grid, byhand.grid), (x.patches, byhand.patches), (x.adapter, byhand.adapter)):
+        assert same(*grids)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_sizes_default_to_what_the_tensors_say(name):
+    family, config, processor = case(name)
+    x = prepare(family, config, processor, noise(48, 48), "what ?")
+    split = {"internvl": [(2, 2)]} | dict.fromkeys(IDEFICS, [(3, 3)])
+    made = from_tensors(family, config, x.tensors, tiles=split.get(name))
+    expected = {
+        "llava-next": (48, 48),  # told by image_sizes
+        "llava-onevision": (48, 48),
+        "qwen2-vl": (48, 48),  # a multiple of 16, so nothing is resized
+        "qwen2.5-vl": (48, 48),
+        "qwen3-vl": (48, 48),
+        "internvl": (64, 64),
+        "idefics3": (96, 96),
+        "smolvlm": (96, 96),
+    }
+    assert made.grid.sizes == (expected.get(name, (32, 32)),)
+    box = made.grid.select("finest").box
+    assert box[0, :2].tolist() == [0, 0]
+    assert box[-1, 2:].tolist() == list(made.grid.sizes[0])
+
+
+def test_squares_are_taken_for_pictures_only_where_that_is_certain():
+    family, config, processor = case("gemma3")
+    alone = prepare(family, config, processor, [noise(), noise(50, 40)], "what ?")
+    assert from_tensors(family, config, alone.tensors).grid.sizes == ((32, 32),) * 2
+    two = prepare(family, config, processor, [[noise(), noise(50, 40)]], "what ?")
+    with pytest.raises(ValueError, match="2 squares of pixels for an unknown number"):
+        from_tensors(family, config, two.tensors)  # they may be crops
+    made = from_tensors(family, config, two.tensors, processor=processor)
+    assert made.grid.sizes == ((32, 32),) * 2
+    told = from_tensors(family, config, two.tensors, sizes=[(40, 32), (50, 40)])
+    assert same(told.grid, two.grid)
+
+
+def test_pan_and_scan_crops_may_be_told():
+    family, config, processor = case("gemma3")
+    scan = {"do_pan_and_scan": True, "pan_and_scan_min_crop_size": 20}
+    x = prepare(family, config, processor, noise(90, 31), "what ?", **scan)
+    assert x.grid.shapes == ((2, 2), (2, 6))
+    made = from_tensors(family, config, x.tensors, sizes=[(90, 31)], tiles=[(1, 3)])
+    assert same(made.grid, x.grid)
+
+
+def test_what_is_certain_is_filled_in_and_what_is_not_is_asked_for():
+    family, config, processor = case("qwen2-vl")
+    x = prepare(family, config, processor, ROWS[:1], TEXTS[0])
+    left = {k: v for k, v in x.tensors.items() if k in ("input_ids", "pixel_values")}
+    made = from_tensors(family, config, {**left, "image_grid_thw": x.tensors["image_grid_thw"]})
+    for name in ("attention_mask", "mm_token_type_ids"):
+        assert torch.equal(made.tensors[name], x.tensors[name])
+    with pytest.raises(ValueError, match=r"Qwen2-VL model .*without image_grid_thw; given: input_"):
+        from_tensors(family, config, left, sizes=SIZES[:2])
+    for name in ("gemma3", "paligemma"):
+        family, config, processor = case(name)
+        tensors = dict(prepare(family, config, processor, noise(), "what ?").tensors)
+        del tensors["token_type_ids"]
+        with pytest.raises(
+            ValueError, match=r"token_type_ids \(Gemma3: 1 on image tokens, else 0;"
+        ):
+            from_tensors(family, config, tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "says"),
+    [
+        ("llava-clip-llama", {"labels": None}, r"labels: no input\(s\) of a LLaVA model here"),
+        ("llava-clip-llama", {"input_ids": ...}, "no input_ids among attention_mask, pixel_values"),
+        ("internvl", {}, r"5 squares of pixels for an unknown .*tiles=\[\(rows, columns\)"),
+        ("idefics3", {}, r"10 squares of pixels for an unknown number of picture.*tiles"),
+        ("gemma3", {"sizes": SIZES[:2]}, r"1 squares of pixels for 2 picture\(s\)"),
+        ("internvl", {"sizes": SIZES[:1]}, r"5 squares of pixels for 1 picture\(s\): the tensors"),
+        ("llava-clip-llama", {"sizes": SIZES}, "has 1 rows where these pictures give 3, one pict"),
+        ("internvl", {"sizes": SIZES, "tiles": [(2, 2)]}, "tiles of 1 pictures, but sizes of 3"),
+        ("internvl", {"tiles": [(1, 3)]}, "pixel_values has 5 rows where these pictures give 4"),
+        ("idefics3", {"tiles": [(2, 3)]}, "has 10 tiles that are not all zero .* give 7"),
+        ("qwen2-vl", {"sizes": SIZES}, "image_grid_thw is of 1 pictures, not of 3"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(name, change, says):
+    family, config, processor = case(name)
+    tensors = dict(prepare(family, config, processor, noise(48, 48), "what ?").tensors)
+    options = {k: v for k, v in change.items() if k in ("sizes", "tiles")}
+    tensors |= {k: v for k, v in change.items() if k not in options}
+    tensors = {k: v for k, v in tensors.items() if v is not ...}
+    with pytest.raises(ValueError, match=says):
+        from_tensors(family, config, tensors, **options)
+
+
+def test_processor_and_tiles_may_not_both_tell():
+    family, config, processor = case("internvl")
+    tensors = prepare(family, config, processor, noise(48, 48), "what ?").tensors
+    with pytest.raises(ValueError, match="give it or tiles, not both"):
+        from_tensors(family, config, tensors, tiles=[(2, 2)], processor=processor)

@@ -30,8 +30,8 @@ def grid_of(shape=(2, 3), size=(6, 4), *, box=None, n_images=1, before=1) -> Tok
     n = shape[0] * shape[1]
     ids = np.zeros((n_images, before + n + 1), dtype=int)
     ids[:, before : before + n] = IMAGE_TOKEN
-    layout = Layout(n, (view(shape, size, box=box),))
-    return build_grids(ids, IMAGE_TOKEN, [layout] * n_images, [size] * n_images).llm
+    layout = Layout(size, n, (view(shape, size, box=box),))
+    return build_grids(ids, IMAGE_TOKEN, [layout] * n_images).llm
 
 
 def two_views() -> TokenGrid:
@@ -40,9 +40,9 @@ def two_views() -> TokenGrid:
     ids = np.zeros((2, 14), dtype=int)
     ids[0, 2:14] = ids[1, 1:5] = IMAGE_TOKEN
     fine = view((2, 4), (8, 4), name="tiles", slots=np.array([2, 3, 4, 5, 7, 8, 9, 10]))
-    first = Layout(12, (view((1, 2), (8, 4)), fine))
-    second = Layout(4, (view((2, 2), (4, 4)),))
-    return build_grids(ids, IMAGE_TOKEN, [first, second], [(8, 4), (4, 4)]).llm
+    first = Layout((8, 4), 12, (view((1, 2), (8, 4)), fine))
+    second = Layout((4, 4), 4, (view((2, 2), (4, 4)),))
+    return build_grids(ids, IMAGE_TOKEN, [first, second]).llm
 
 
 @pytest.mark.parametrize("token", [0, 3, 7, 12])
@@ -96,9 +96,11 @@ def test_tokens_of_a_padded_batch_keep_row_and_position(rand):
 
 def test_images_with_different_grids_share_a_batch_but_do_not_stack():
     ids = np.array([[IMAGE_TOKEN] * 6 + [1], [IMAGE_TOKEN] * 4 + [1, 1, 1]])
-    sizes = [(6, 4), (4, 4)]
-    layouts = [Layout(6, (view((2, 3), sizes[0]),)), Layout(4, (view((2, 2), sizes[1]),))]
-    grid = build_grids(ids, IMAGE_TOKEN, layouts, sizes).llm
+    layouts = [
+        Layout((6, 4), 6, (view((2, 3), (6, 4)),)),
+        Layout((4, 4), 4, (view((2, 2), (4, 4)),)),
+    ]
+    grid = build_grids(ids, IMAGE_TOKEN, layouts).llm
     assert (
         grid.labels([np.zeros((4, 6), int), np.ones((4, 4), int)], 2).tolist() == [0] * 6 + [1] * 4
     )
@@ -123,10 +125,12 @@ def test_state_of_another_stage_is_refused():
 )
 def test_placeholders_that_do_not_fit_the_pictures_are_refused(rows, says):
     ids = np.array([[IMAGE_TOKEN] * 3] * len(rows))
-    sizes = [(2, 2)] * len(rows)
-    layouts = [Layout(4, (view((2, 2), (2, 2)),)), Layout(2, (view((1, 2), (2, 2)),))]
+    layouts = [
+        Layout((2, 2), 4, (view((2, 2), (2, 2)),)),
+        Layout((2, 2), 2, (view((1, 2), (2, 2)),)),
+    ]
     with pytest.raises(ValueError, match=says):
-        build_grids(ids, IMAGE_TOKEN, layouts[: len(rows)], sizes)
+        build_grids(ids, IMAGE_TOKEN, layouts[: len(rows)])
 
 
 # -- views -----------------------------------------------------------------------------------------

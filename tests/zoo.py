@@ -21,10 +21,12 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from interp.processing import stills
 
-WORDS = "what is in the picture ? a red dog on green grass . user assistant : \n".split(" ")
+WORDS = "what is in the picture ? a red dog on green grass . user assistant : \n".split(" ")  # noqa: SIM905
 
 
 def tokenizer(*special: str, **named: str) -> hf.PreTrainedTokenizerFast:
@@ -79,11 +81,11 @@ def llava(text: Any, vision: Any, **config: Any) -> tuple[Any, Any]:
     words = tokenizer("<image>")
     clip = isinstance(vision, hf.CLIPVisionConfig)
     images = (
-        hf.CLIPImageProcessor(
+        CLIPImageProcessorPil(
             size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, **STILL
         )
         if clip
-        else hf.SiglipImageProcessor(size={"height": 32, "width": 32}, **STILL)
+        else SiglipImageProcessorPil(size={"height": 32, "width": 32}, **STILL)
     )
     strategy = "default" if clip else "full"
     processor = hf.LlavaProcessor(
@@ -271,7 +273,7 @@ def gemma3() -> tuple[Any, Any]:
 
 def _paligemma(text: Any) -> tuple[Any, Any]:
     words = tokenizer("<image>")
-    images = hf.SiglipImageProcessor(size={"height": 32, "width": 32}, **STILL)
+    images = SiglipImageProcessorPil(size={"height": 32, "width": 32}, **STILL)
     images.image_seq_length = 16
     processor = hf.PaliGemmaProcessor(images, words)
     made = hf.PaliGemmaConfig(

@@ -7,8 +7,8 @@
    the same logits, keeps the same tensors, and every edit moves the logits (`check`).
 3. Time all calls, interleaved (`measure.py`), as ratios to plain transformers with SDPA.
 4. Measure the peak memory of those that keep something.
-5. Print two tables; `--json` keeps all numbers, `--docs` puts the tables into a page, between its
-   markers.
+5. Print two tables (`tables.py`); `--json` keeps all numbers, `--docs` puts the tables into a
+   page, between its markers.
 
 A new row is one function in `settings.py`.
 """
@@ -22,144 +22,23 @@ import os
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch loads: its profiler chatters
 
 import torch
-from measure import Timing, interleaved, kept_bytes, peak_bytes
-from peers import PEERS, QUICK, Bench, Size, count_forwards, plain
+from measure import interleaved, kept_bytes, peak_bytes
+from peers import QUICK, Bench, Size, count_forwards, plain
 from settings import SETTINGS, Call, Setting
+from tables import Cell, Memory, Report, into_page
 from torch import Tensor
-
-MIB = 2**20
-GOAL_MEMORY = 1.10  # (peak - peak of a plain run) / bytes kept
-BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
-TITLES = {
-    "interp": "interp",
-    "sdpa": "transformers, sdpa",
-    "eager": "transformers, eager",
-    "nnsight": "nnsight",
-    "bridge": "TransformerBridge",
-}
-
-Cell = tuple[str, str]  # (title of the setting, peer)
 
 
 class Unequal(RuntimeError):
     """The peers do not compute the same, so their times must not be compared."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes kept by a call, bytes of memory that they keep alive, and the call's peak."""
-
-    kept: int
-    held: int
-    peak: int
-
-
-@dataclass
-class Report:
-    """Everything that was measured.
-
-    Attributes:
-        settings: the rows.
-        times: by setting and peer.
-        plain_seconds: what the reference, plain transformers with SDPA, took.
-        reasons: why a peer has no number, by setting and peer.
-        memory: of the calls that keep something.
-        plain_peak: peak of plain transformers with SDPA, in bytes.
-        difference: largest difference between two peers' logits in any setting.
-        about: machine, versions, sizes.
-    """
-
-    settings: Sequence[Setting]
-    times: dict[Cell, Timing]
-    plain_seconds: list[float]
-    reasons: dict[Cell, str]
-    memory: dict[Cell, Memory]
-    plain_peak: int
-    difference: float
-    about: dict[str, Any]
-
-    def extra(self, cell: Cell) -> float:
-        """Peak memory beyond a plain run's, as a multiple of what the call keeps."""
-        memory = self.memory[cell]
-        return (memory.peak - self.plain_peak) / memory.kept
-
-    def markdown(self) -> str:
-        """Both tables with their footnotes."""
-        notes: list[str] = []
-
-        def dash(cell: Cell) -> str:
-            reason = self.reasons[cell]
-            if reason not in notes:
-                notes.append(reason)
-            return f"- ({notes.index(reason) + 1})"
-
-        def ratio(cell: Cell) -> str:
-            if cell not in self.times:
-                return dash(cell)
-            low, high = self.times[cell].quartiles
-            return f"{self.times[cell].median:.2f} ({low:.2f}-{high:.2f})"
-
-        def goal(value: float | None) -> str:
-            return "" if value is None else f"{value:.2f}"
-
-        rows = [
-            [s.title, goal(s.goal), *(ratio((s.title, peer)) for peer in PEERS)]
-            for s in self.settings
-        ]
-        times = _table(["time / plain sdpa", "goal", *TITLES.values()], rows)
-        rows = []
-        for s in self.settings:
-            cells = {peer: (s.title, peer) for peer in PEERS}
-            if cells["interp"] in self.memory:
-                kept = f"{self.memory[cells['interp']].kept / MIB:.1f}"
-                extra = [
-                    f"{self.extra(c):.2f}" if c in self.memory else dash(c) for c in cells.values()
-                ]
-                rows.append([s.title, kept, goal(GOAL_MEMORY), *extra])
-        memory = _table(["memory beyond plain / kept", "kept, MiB", "goal", *TITLES.values()], rows)
-        about = ", ".join(f"{key} {value}" for key, value in self.about.items())
-        footnotes = [f"{number}. {reason}" for number, reason in enumerate(notes, 1)]
-        plain_run = (
-            f"Plain sdpa takes {median(self.plain_seconds):.3f} s, and {self.plain_peak / MIB:.1f} "
-            f"MiB at its peak. Logits of all peers agree to {self.difference:.0e}."
-        )
-        return "\n\n".join([times, memory, "\n".join(footnotes), plain_run, f"{about}."])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        cells = [
-            {
-                "setting": s.title,
-                "peer": peer,
-                "goal": s.goal,
-                **(
-                    {"why_not": self.reasons[s.title, peer]}
-                    if (s.title, peer) in self.reasons
-                    else {}
-                ),
-                **(self.times[s.title, peer].to_json() if (s.title, peer) in self.times else {}),
-                **(vars(self.memory[s.title, peer]) if (s.title, peer) in self.memory else {}),
-            }
-            for s in self.settings
-            for peer in PEERS
-        ]
-        return {
-            "about": self.about,
-            "plain_seconds": self.plain_seconds,
-            "plain_peak": self.plain_peak,
-            "difference": self.difference,
-            "cells": cells,
-        }
 
 
 def measure(
@@ -227,6 +106,7 @@ def check(
     clean = plain(bench.sdpa, bench.tensors)
     half = clean.dtype != torch.float32
     tolerance = 0.1 * float(clean.abs().max()) if half else 1e-4
+    share = 0.1 if half else 1e-4  # of the largest entry of what is kept, if that is above 1
     first: tuple[str, Tensor, list[Tensor]] | None = None
     worst = 0.0
     for (title, peer), call in calls.items():
@@ -239,7 +119,7 @@ def check(
         (logits, kept), *_ = results
         if sizes is not None:
             sizes[title, peer] = kept_bytes(kept)
-        if setting.edits and (logits - clean).abs().max() < 100 * 1e-4:
+        if setting.edits and _distance(logits, clean) < 0.01:
             raise Unequal(f"{title!r} on {peer} does not move the logits")
         if first is None:
             first = (peer, logits, kept)
@@ -255,23 +135,11 @@ def check(
                 )
             for number, (ours, theirs) in enumerate(zip(kept, states)):
                 apart = _distance(ours, theirs)
-                if apart > max(tolerance, tolerance * float(theirs.abs().max())):
+                if apart > share * max(1.0, float(theirs.abs().max())):
                     raise Unequal(
                         f"{title!r}: tensor {number} of {peer} and {name} differs by {apart:.2e}"
                     )
     return worst
-
-
-def into_page(page: str, block: str) -> str:
-    """`page` with `block` between its markers.
-
-    Raises:
-        ValueError: the page has no markers.
-    """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no place for the tables; write {BEGIN} and {END} into it")
-    head, rest = page.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.split(END, 1)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> Report:
@@ -317,11 +185,6 @@ def main(arguments: Sequence[str] | None = None) -> Report:
     if page is not None:
         args.docs.write_text(into_page(page, block))
     return report
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:

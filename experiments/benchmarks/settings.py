@@ -201,7 +201,7 @@ def knockout(b: Bench) -> Row:
     return _knockout(b, mass=False)
 
 
-@setting("the same, attention mass in its receipts", goal=1.15, edits=True)
+@setting("knockout with attention mass in receipts", goal=1.15, edits=True)
 def knockout_with_mass(b: Bench) -> Row:
     row = _knockout(b, mass=True)
     return {peer: call if peer == "interp" else NO_RECEIPTS for peer, call in row.items()}

@@ -203,7 +203,8 @@ class MaskBook:
         self.n_pos = attended.shape[1]
         self.strict = strict
         self.allow_empty_rows = allow_empty_rows
-        self._built: dict[tuple[int, ...], tuple[Tensor, Tensor, list[Effect]]] = {}
+        # by the edits' numbers: a base mask of transformers' (Gemma3 has two), what became of it
+        self._built: dict[tuple[int, ...], list[tuple[Tensor, Tensor, list[Effect]]]] = {}
         self._causal: Tensor | None = None
 
     def at(self, layer: int) -> tuple[int, ...]:
@@ -228,16 +229,15 @@ class MaskBook:
             `[batch, 1 or head, query, key]` bool, and one `Effect` an edit in `at(layer)`.
         """
         key = self.at(layer)
-        if key in self._built:
-            known, mask, effects = self._built[key]
-            if known is base or torch.equal(known, base):
+        for known, mask, effects in self._built.setdefault(key, []):
+            if known is base or (known.shape == base.shape and torch.equal(known, base)):
                 return mask, effects
         mask, effects = base, []
         for number in key:
             effect = self._apply(self.edits[number], mask)
             mask = effect.after
             effects.append(effect)
-        self._built[key] = (base, mask, effects)
+        self._built[key].append((base, mask, effects))
         return mask, effects
 
     def _apply(self, edit: MaskEdit, mask: Tensor) -> Effect:

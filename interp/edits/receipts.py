@@ -64,6 +64,7 @@ def attention_mass(
     key: Tensor,
     *,
     scaling: float,
+    softcap: float | None = None,
     mask: Tensor,
     edges: Tensor,
     heads: tuple[int, ...] | None,
@@ -76,6 +77,7 @@ def attention_mass(
         query: `[batch, query, head, d_head]` after rotation (`hook_rot_q`).
         key: `[batch, key, kv_head, d_head]` after rotation.
         scaling: factor on the scores.
+        softcap: bound of the scores (Gemma 2), if any.
         mask: `[batch or 1, 1 or head, query, key]` bool, under which the mass is taken.
         edges: `[batch, query, key]` bool.
         heads: the edited heads, None for all.
@@ -92,6 +94,8 @@ def attention_mass(
         at = dst[row == b]
         q = query[b, at].transpose(0, 1)[chosen]  # [head, n, d_head]
         scores: Any = q @ key[b, chosen].transpose(-1, -2) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~mask[b, chosen][:, at], -torch.inf)
         on_edges = softmax(scores) * edges[b, at]
         total += float(on_edges.sum())

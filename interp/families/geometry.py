@@ -43,6 +43,14 @@ class Geometry:
         return cls((target[X] / size[X], target[Y] / size[Y]), (0.0, 0.0), target)
 
     @classmethod
+    def letterboxed(cls, size: tuple[int, int], target: tuple[int, int]) -> Geometry:
+        """The picture in the middle of a square, the rest of which is padding."""
+        side = max(size)
+        scale = (target[X] / side, target[Y] / side)
+        offset = [-((side - size[i]) // 2) * scale[i] for i in (X, Y)]
+        return cls(scale, (offset[X], offset[Y]), target)
+
+    @classmethod
     def of(cls, processor: Any, size: tuple[int, int], target: tuple[int, int]) -> Geometry:
         """What `processor` does to a picture of `size` = (width, height), ending in `target`.
 
@@ -83,8 +91,8 @@ class Geometry:
                 f"vision tower takes {target[0]} x {target[1]}"
             )
         scale = (resized[X] / width, resized[Y] / height)
-        # transformers' center_crop starts at (resized - crop) // 2, which pads when negative
-        offset = [(resized[i] - cropped[i]) // 2 - pad[i] * scale[i] for i in (X, Y)]
+        pil = getattr(processor, "backend", "pil") == "pil"
+        offset = [_cut(resized[i] - cropped[i], pil) - pad[i] * scale[i] for i in (X, Y)]
         return cls(scale, (float(offset[X]), float(offset[Y])), target)
 
     def back(self, axis: int, at: np.ndarray) -> np.ndarray:
@@ -111,7 +119,7 @@ def image_settings(processor: Any) -> Any:
     if images is None:
         return None
     made = SimpleNamespace(kind=type(images).__name__)
-    for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad"):
+    for name in ("do_resize", "size", "do_center_crop", "crop_size", "do_pad", "backend"):
         setattr(made, name, getattr(images, name, None))
     for name in getattr(type(images), "valid_kwargs", dict).__annotations__:
         setattr(made, name, getattr(images, name, None))
@@ -120,6 +128,15 @@ def image_settings(processor: Any) -> Any:
     above = getattr(processor, "images_kwargs", {})
     vars(made).update({name: value for name, value in above.items() if value is not None})
     return made
+
+
+def _cut(excess: int, pil: bool) -> int:
+    """Pixels that transformers' centre crop cuts off in front; negative where it pads.
+
+    Of an odd number to be padded, Pillow's version puts the larger half in front, torchvision's the
+    smaller one.
+    """
+    return excess // 2 if excess >= 0 or pil else -(-excess // 2)
 
 
 def _resized(size: dict[str, int], width: int, height: int, name: str) -> tuple[int, int]:

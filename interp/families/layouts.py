@@ -5,9 +5,10 @@ image tokens lie (`interp.layout`):
 
     layout(config, processor, tensors, sizes, tiles=None) -> [Layout, ...]
 
-`sizes` are the (width, height) of the original pictures in order of appearance. `tiles`, the (rows,
-columns) of each picture's tiles, replaces what the processor would tell; without both, a family
-whose tensors do not say it raises. The functions:
+`sizes` are the (width, height) of the original pictures in order of appearance; None stands for what
+the tensors say of them, or else the pixels that the model is given. `tiles`, the (rows, columns) of
+each picture's tiles, replaces what the processor would tell; without both, a family whose tensors
+do not say it raises. The functions:
 
 * `square`: one square grid a picture (LLaVA, PaliGemma);
 * `crops`: the whole picture, then pan-and-scan crops, patches pooled (Gemma3);
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,16 +36,17 @@ from interp.families.layouts_parts import (
     Sizes,
     Tiles,
     at_row,
+    how_cut,
     merged,
     model_pixels,
     number,
     patches_of,
     prefix_tokens,
     rows_of_batch,
+    runs,
     several,
     steps,
     tiled_view,
-    tiles_needed,
 )
 from interp.families.layouts_tiled import anyres, tiled_global, tiled_thumbnail
 from interp.layout import Lattice, Layout, View, numbers, raster_boxes
@@ -52,10 +55,15 @@ __all__ = ["Layout", "anyres", "crops", "packed", "square", "tiled_global", "til
 
 
 def square(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """One grid a picture, a patch a token: LLaVA and PaliGemma."""
     target = model_pixels(tensors)
+    sizes = sizes or [target] * len(tensors["pixel_values"])
     rows_of_batch(tensors, len(sizes), "one picture each")
     settings = image_settings(processor)
     prefix, fed = prefix_tokens(config)
@@ -64,12 +72,16 @@ def square(
         geometry = Geometry.of(settings, size, target)
         x, y = patches_of(geometry, config.vision_config)
         view = tiled_view("base", x, y, row=row, n_rows=len(sizes), prefix=prefix, fed=fed)
-        out.append(Layout(len(view.slots) + fed, (view,)))
+        out.append(Layout(size, len(view.slots) + fed, (view,)))
     return out
 
 
 def crops(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """The whole picture and then, of a long one, its pan-and-scan crops: Gemma3.
 
@@ -79,10 +91,15 @@ def crops(
     target = model_pixels(tensors)
     settings = image_settings(processor)
     n_rows = len(tensors["pixel_values"])
-    if tiles is None:
-        if settings is None and n_rows != len(sizes):
-            raise tiles_needed(n_rows, len(sizes), "crops", "(1, n) or (n, 1)")
-        tiles = [_pan_and_scan(settings, size) for size in sizes]
+    alone = runs(tensors, config) == [1] * n_rows  # a picture that is cut has three runs or more
+    sizes, tiles = how_cut(
+        sizes,
+        tiles,
+        n_rows=n_rows,
+        tile=target,
+        rule=None if settings is None else partial(_pan_and_scan, settings),
+        uncut=alone or (settings is not None and not settings.do_pan_and_scan),
+    )
     rows_of_batch(tensors, sum(1 + several(t) for t in tiles), "one a picture and a crop")
     side = target[X] // number(config.vision_config.patch_size)
     merge = side // math.isqrt(config.mm_tokens_per_image)
@@ -102,13 +119,17 @@ def crops(
                     merge=merge,
                 )
             )  # fmt: skip
-        out.append(Layout(n_slots * (1 + n), tuple(views)))
+        out.append(Layout(size, n_slots * (1 + n), tuple(views)))
         row += 1 + n
     return out
 
 
 def packed(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """Pictures at their own resolution in one row, blocks of patches merged: the Qwen-VL family.
 
@@ -122,6 +143,7 @@ def packed(
     vision = config.vision_config
     patch, merge = vision.patch_size, vision.spatial_merge_size
     grids = tensors["image_grid_thw"].tolist()
+    sizes = sizes or [(cols * patch, rows * patch) for _, rows, cols in grids]
     if len(grids) != len(sizes):
         raise ValueError(f"image_grid_thw is of {len(grids)} pictures, not of {len(sizes)}")
     order = window_order(vision, tensors["image_grid_thw"])
@@ -147,7 +169,8 @@ def packed(
             (1, n_blocks * merge**2),
         )
         slots = numbers(shape).ravel()
-        out.append(Layout(len(slots), (View("base", shape, boxes, slots, adapter, patches),)))
+        view = View("base", shape, boxes, slots, adapter, patches)
+        out.append(Layout(size, len(slots), (view,)))
         first += len(slots)
     return out
 
@@ -176,7 +199,7 @@ def _crop(edges: np.ndarray, size: int, start: int, length: int) -> np.ndarray:
 
 def _pan_and_scan(settings: Any, size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of a picture's crops, by Gemma3ImageProcessor's rules; (0, 0) for none."""
-    if settings is None or not settings.do_pan_and_scan:
+    if not settings.do_pan_and_scan:
         return 0, 0
     long, short = max(size), min(size)
     if long / short < settings.pan_and_scan_min_ratio_to_activate:

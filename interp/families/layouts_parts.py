@@ -8,7 +8,7 @@ into equal tiles, each of them one row of the vision tower's batch; one tile is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -162,12 +162,52 @@ def rows_of_batch(tensors: Mapping[str, Tensor], n: int, what: str) -> None:
         raise ValueError(f"pixel_values has {found} rows where these pictures give {n}, {what}")
 
 
-def tiles_needed(n_found: int, n_pictures: int, what: str, form: str) -> ValueError:
-    """The error for tensors that do not say how a picture was cut."""
-    return ValueError(
-        f"{n_found} {what} of {n_pictures} picture(s): the tensors alone do not say how they lie. "
-        f"Give the processor, or tiles=[(rows, columns), ...], one a picture: {form}, and (0, 0) "
-        "for one that was not cut"
+def runs(tensors: Mapping[str, Tensor], config: Any) -> list[int]:
+    """Unbroken runs of image placeholders in each row of the batch."""
+    is_image = (tensors["input_ids"] == config.image_token_id).int()
+    starts = is_image.clone()
+    starts[:, 1:] -= is_image[:, :-1]
+    return (starts > 0).sum(1).tolist()
+
+
+def how_cut(
+    sizes: Sizes | None,
+    tiles: Tiles,
+    *,
+    n_rows: int,
+    tile: tuple[int, int],
+    rule: Callable[[tuple[int, int]], tuple[int, int]] | None,
+    uncut: bool,
+) -> tuple[Sizes, Sequence[tuple[int, int]]]:
+    """The size of each picture and the (rows, columns) of its tiles, from what is told.
+
+    Args:
+        sizes: of the original pictures, if told.
+        tiles: as told.
+        n_rows: squares of pixels that the model is given.
+        tile: (width, height) of one.
+        rule: what the processor makes of a size; None without a processor.
+        uncut: whether the tensors themselves say that each square is a picture.
+
+    Raises:
+        ValueError: it does not follow from all that.
+    """
+    if tiles is not None:
+        if sizes is None:
+            sizes = [(max(cols, 1) * tile[X], max(rows, 1) * tile[Y]) for rows, cols in tiles]
+        if len(sizes) != len(tiles):
+            raise ValueError(f"tiles of {len(tiles)} pictures, but sizes of {len(sizes)}")
+        return sizes, tiles
+    if sizes is not None and rule is not None:
+        return sizes, [rule(size) for size in sizes]
+    n_pictures = None if sizes is None else len(sizes)
+    if n_pictures == n_rows or (sizes is None and uncut):
+        return sizes or [tile] * n_rows, [(0, 0)] * n_rows
+    raise ValueError(
+        f"{n_rows} squares of pixels for {n_pictures or 'an unknown number of'} picture(s): the "
+        "tensors alone do not say which squares are one picture, and how they lie in it. Give "
+        "tiles=[(rows, columns), ...], one a picture, (0, 0) for one that was not cut; or sizes="
+        "[(width, height), ...] of the original pictures and the processor"
     )
 
 

@@ -13,7 +13,8 @@ A picture that is not cut has the view "base" alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,26 @@ from interp.families.geometry import Geometry, X, Y, image_settings
 from interp.families.layouts_parts import (
     Sizes,
     Tiles,
+    how_cut,
     model_pixels,
     number,
     patches_of,
     prefix_tokens,
     rows_of_batch,
+    runs,
     several,
     tiled_lattice,
     tiled_view,
-    tiles_needed,
 )
 from interp.layout import Lattice, Layout, View, numbers, raster_boxes
 
 
 def anyres(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """The whole picture, then its tiles row by row with newline tokens: LLaVA-NeXT and OneVision.
 
@@ -49,13 +55,14 @@ def anyres(
     """
     width, height = model_pixels(tensors)
     side = config.vision_config.image_size
-    settings = image_settings(processor)
     prefix, fed = prefix_tokens(config)
     if fed or (width, height) != (side, side):
         raise NotImplementedError(
             f"tiles of {width} x {height} pixels with {fed} extra token(s): only the vision "
             f"tower's own {side} x {side}, without CLS, can be put together to a picture"
         )
+    if sizes is None:
+        sizes = [(wide, high) for high, wide in tensors["image_sizes"].tolist()]
     counts = tensors.get("batch_num_images")
     alone = [n == 1 for n in counts.tolist() for _ in range(n)] if counts is not None else None
     canvases = [
@@ -64,41 +71,52 @@ def anyres(
     n_rows = sum(1 + (g.target[X] * g.target[Y] // side**2 if g else 0) for g in canvases)
     out, row = [], 0
     for size, canvas in zip(sizes, canvases, strict=True):
-        # a lone square picture is stretched; transformers pads the pictures of a longer prompt
-        whole = Geometry.stretched(size, (side, side))
-        if canvas is None and settings is not None:
-            whole = Geometry.of(_padded(settings), size, (side, side))
+        # a picture alone is stretched, those of a prompt with several are padded
+        make = Geometry.stretched if canvas else Geometry.letterboxed
+        whole = make(size, (side, side))
         x, y = patches_of(whole, config.vision_config)
         base = tiled_view("base", x, y, row=row, n_rows=n_rows, prefix=prefix)
         row, first = row + 1, len(base.slots)
         if canvas is None:
-            out.append(Layout(first + 1, (base,)))  # one newline token
+            out.append(Layout(size, first + 1, (base,)))  # one newline token
             continue
         grid = (canvas.target[Y] // side, canvas.target[X] // side)
         fine = _fine_view(config, canvas, grid, size, (row, n_rows, prefix, first))
         rows, cols = fine.shape
-        out.append(Layout(first + rows * (cols + 1), (base, fine)))
+        out.append(Layout(size, first + rows * (cols + 1), (base, fine)))
         row += grid[0] * grid[1]
     return out
 
 
 def tiled_thumbnail(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """Tiles, then the whole picture, small: InternVL."""
     n_rows = len(tensors["pixel_values"])
-    settings = image_settings(processor)
-    if tiles is None:
-        if settings is None and n_rows != len(sizes):
-            raise tiles_needed(n_rows, len(sizes), "tiles", "without the thumbnail")
-        tiles = [_closest_canvas(settings, size, model_pixels(tensors)) for size in sizes]
+    tile, settings = model_pixels(tensors), image_settings(processor)
+    sizes, tiles = how_cut(
+        sizes,
+        tiles,
+        n_rows=n_rows,
+        tile=tile,
+        rule=None if settings is None else partial(_closest_canvas, settings, tile),
+        uncut=sum(runs(tensors, config)) == n_rows,  # a picture is one run, however it is cut
+    )
     rows_of_batch(tensors, sum(1 + several(t) for t in tiles), "tiles and thumbnails")
     merge = round(1 / config.downsample_ratio)
-    return _tiles_then_whole(config, model_pixels(tensors), sizes, tiles, n_rows, merge)
+    return _tiles_then_whole(config, tile, sizes, tiles, n_rows, merge)
 
 
 def tiled_global(
-    config: Any, processor: Any, tensors: Mapping[str, Tensor], sizes: Sizes, tiles: Tiles = None
+    config: Any,
+    processor: Any,
+    tensors: Mapping[str, Tensor],
+    sizes: Sizes | None,
+    tiles: Tiles = None,
 ) -> list[Layout]:
     """Tiles between words that name them, then the whole picture: Idefics3 and SmolVLM.
 
@@ -107,26 +125,28 @@ def tiled_global(
     """
     pixels = tensors["pixel_values"]
     n_rows = int(pixels.flatten(2).any(-1).sum())
-    settings = image_settings(processor)
-    if tiles is None:
-        if settings is None and n_rows != len(sizes):
-            raise tiles_needed(n_rows, len(sizes), "tiles", "without the whole picture")
-        tiles = [_split(settings, size) for size in sizes]
+    tile, settings = model_pixels(tensors), image_settings(processor)
+    sizes, tiles = how_cut(
+        sizes,
+        tiles,
+        n_rows=n_rows,
+        tile=tile,
+        rule=None if settings is None else partial(_split, settings),
+        uncut=runs(tensors, config) == [1] * n_rows,  # each tile is a run
+    )
     n = sum(1 + several(t) for t in tiles)
     if n != n_rows:
         raise ValueError(
             f"pixel_values has {n_rows} tiles that are not all zero where these pictures give {n}"
         )
-    return _tiles_then_whole(
-        config, model_pixels(tensors), sizes, tiles, n_rows, config.scale_factor
-    )
+    return _tiles_then_whole(config, tile, sizes, tiles, n_rows, config.scale_factor)
 
 
 def _tiles_then_whole(
     config: Any,
     tile: tuple[int, int],
     sizes: Sizes,
-    tiles: Tiles,
+    tiles: Sequence[tuple[int, int]],
     n_rows: int,
     merge: int,
 ) -> list[Layout]:
@@ -134,7 +154,7 @@ def _tiles_then_whole(
     if fed:
         raise NotImplementedError("a CLS token among the image tokens leaves no grid to shuffle")
     out, row = [], 0
-    for size, (rows, cols) in zip(sizes, tiles or (), strict=True):
+    for size, (rows, cols) in zip(sizes, tiles, strict=True):
         views, n_slots = [], 0
         for name, grid in (("tiles", (rows, cols)), ("base", (1, 1))):
             if name == "tiles" and not several(grid):
@@ -148,7 +168,7 @@ def _tiles_then_whole(
             views.append(view)
             n_slots += len(view.slots)
             row += grid[0] * grid[1]
-        out.append(Layout(n_slots, tuple(views)))
+        out.append(Layout(size, n_slots, tuple(views)))
     return out
 
 
@@ -171,11 +191,6 @@ def _canvas(config: Any, size: tuple[int, int]) -> Geometry:
         offset=(-float((wide - resized[X]) // 2), -float((high - resized[Y]) // 2)),
         target=(wide, high),
     )
-
-
-def _padded(settings: Any) -> Any:
-    settings.do_pad = True
-    return settings
 
 
 def _fine_view(
@@ -245,9 +260,9 @@ def _regrid(edges: np.ndarray, n: int) -> np.ndarray:
 # -- how a picture is cut --------------------------------------------------------------------------
 
 
-def _closest_canvas(settings: Any, size: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+def _closest_canvas(settings: Any, tile: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of InternVL's tiles; (1, 1) where the picture is not cut."""
-    if settings is None or not settings.crop_to_patches or settings.max_patches <= 1:
+    if not settings.crop_to_patches or settings.max_patches <= 1:
         return 1, 1
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
 
@@ -259,7 +274,7 @@ def _closest_canvas(settings: Any, size: tuple[int, int], tile: tuple[int, int])
 
 def _split(settings: Any, size: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of Idefics3's tiles, by its processor's rules; (0, 0) if not cut."""
-    if settings is None or not settings.do_image_splitting:
+    if not settings.do_image_splitting:
         return 0, 0
     width, height = size
     if settings.do_resize:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "experiments/benchmarks"))
 
 import measure  # noqa: E402
 import overhead  # noqa: E402
+import tables  # noqa: E402
 from peers import PEERS, QUICK, Bench, count_forwards, plain  # noqa: E402
 from settings import SETTINGS, Setting  # noqa: E402
 
@@ -30,7 +31,7 @@ def ran(tmp_path_factory):
     """The script's own run on the tiny model, with both of its files."""
     folder = tmp_path_factory.mktemp("overhead")
     page = folder / "page.md"
-    page.write_text(f"before\n\n{overhead.BEGIN}\nold\n{overhead.END}\n\nafter\n")
+    page.write_text(f"before\n\n{tables.BEGIN}\nold\n{tables.END}\n\nafter\n")
     out = folder / "numbers.json"
     arguments = ["--quick", "--rounds", "2", "--json", str(out), "--docs", str(page)]
     report = overhead.main(arguments)
@@ -103,7 +104,7 @@ def test_a_page_without_markers_is_refused_before_anything_runs(tmp_path):
 
 def test_the_documented_page_has_markers():
     page = (ROOT / "docs/benchmarks.md").read_text()
-    assert overhead.into_page(page, "block") != page
+    assert tables.into_page(page, "block") != page
 
 
 def test_an_unknown_row_is_refused(capsys):

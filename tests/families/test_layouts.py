@@ -20,7 +20,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
+from transformers.utils import is_torchvision_available
 
 from interp.families import family_of, layouts_parts
 from interp.inputs import prepare
@@ -211,6 +213,18 @@ BATCHES = {
 }
 
 
+def with_torchvision(name):
+    """A case with transformers' other image processor, which it prefers where it can."""
+    module, processor = build(name)
+    pil = processor.image_processor
+    other = getattr(transformers, type(pil).__name__.removesuffix("Pil"))
+    options = {k: v for k, v in pil.to_dict().items() if k != "image_processor_type"}
+    processor.image_processor = other(**options)
+    if hasattr(pil, "image_seq_length"):  # PaliGemma's processor wants it there
+        processor.image_processor.image_seq_length = pil.image_seq_length
+    return silence(module, processor)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", ZOO)
 def test_every_token_is_the_piece_of_the_picture_that_its_box_says(name, batch):
@@ -218,6 +232,15 @@ def test_every_token_is_the_piece_of_the_picture_that_its_box_says(name, batch):
     for stage in m.grids:
         assert errors(m, stage) == [], stage
         assert m.caught[stage].shape[:2] == (m.grids[stage].n_batch, m.grids[stage].n_pos)
+
+
+@pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
+@pytest.mark.parametrize("name", ZOO)
+def test_torchvisions_processors_cut_the_picture_in_the_same_way(name):
+    m = measure(with_torchvision(name), [[ODD, PORTRAIT], [LANDSCAPE]], "left")
+    assert m.processor.image_processor.backend == "torchvision"
+    for stage in m.grids:
+        assert errors(m, stage) == [], stage
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -15,6 +15,7 @@ from interp import MLLM
 from interp.families.base import module_at
 from interp.points import norm_scale
 from tests.conftest import plain_logits
+from tests.record import proved
 from tests.zoo import ZOO, build, picture
 
 #: SDPA knows no softcap: transformers refuses it for Gemma 2, so eager alone is the reference
@@ -43,6 +44,7 @@ def test_clean_run_is_the_stock_models(case, kernel):
         with pytest.raises(ValueError, match="does not support .*scaled_dot_product"):
             plain.set_attn_implementation("sdpa")
             plain_logits(plain, x)
+        proved(name, kernel, "refused")
         return
     plain.set_attn_implementation(kernel)
     reference = plain_logits(plain, x)
@@ -50,12 +52,13 @@ def test_clean_run_is_the_stock_models(case, kernel):
     assert norm((ours - reference)[attended]) <= 1e-6 * norm(reference[attended])
     if kernel == "sdpa":
         assert torch.equal(ours[attended], reference[attended])
+    proved(name, kernel)
 
 
 def test_residual_stream_is_transformers_hidden_states(case):
     """Of the language model `hidden_states[i]` is what enters block i, and the last of them is
     *behind* the final norm: TransformerLens's `blocks.{n-1}.hook_resid_post` is not among them."""
-    _, model, plain, x = case
+    family, model, plain, x = case
     n = model.cfg.n_layers
     plain.set_attn_implementation("eager")
     with torch.no_grad():
@@ -69,6 +72,7 @@ def test_residual_stream_is_transformers_hidden_states(case):
     weight = final.weight + model.family.language.names.norm_offset
     assert_near(run["ln_final.hook_normalized"] * weight, states[n], x)
     assert_near(final(run[f"blocks.{n - 1}.hook_resid_post"]), states[n], x)
+    proved(family, "hidden states")
 
 
 def test_vision_states_are_transformers_hidden_states():
@@ -94,7 +98,7 @@ def test_vision_states_are_transformers_hidden_states():
 
 def test_pattern_is_what_eager_attention_returns(case):
     """For both towers, with the chunks of packed towers as blocks on the diagonal."""
-    _, model, plain, x = case
+    family, model, plain, x = case
     plain.set_attn_implementation("eager")
     for tower, prefix in ((model.family.language, ""), (model.family.vision, "vision.")):
         seen: dict[str, list[torch.Tensor]] = {}
@@ -118,6 +122,7 @@ def test_pattern_is_what_eager_attention_returns(case):
                 rows &= x.tensors["attention_mask"].bool()[:, None]
             assert rows.any()
             assert torch.allclose(run[name][rows], reference[rows], atol=1e-5), name
+    proved(family, "patterns")
 
 
 def watch_eager(plain, tower, prefix, seen):
@@ -140,7 +145,7 @@ def watch_eager(plain, tower, prefix, seen):
 
 def test_mask_is_the_one_the_layer_truly_uses(case):
     """Causal, sliding, with image blocks open both ways, and padding: as plain eager is given it."""
-    _, model, plain, x = case
+    family, model, plain, x = case
     plain.set_attn_implementation("eager")
     given: list[torch.Tensor] = []
     handles = [
@@ -160,6 +165,7 @@ def test_mask_is_the_one_the_layer_truly_uses(case):
         # a query that is padding: eager lets it see something, sdpa nothing
         real = x.tensors["attention_mask"].bool()[:, None, :, None].expand_as(mask)
         assert torch.equal(mask[real], (additive == 0).expand_as(mask)[real])
+    proved(family, "masks")
 
 
 def test_families_that_see_pictures_both_ways_do():

@@ -14,6 +14,7 @@ from interp.families import FAMILIES, family_of
 from interp.families.base import module_at
 from interp.families.blocks import TEXT
 from tests.conftest import random_inputs, random_llava
+from tests.record import proved
 from tests.zoo import ZOO, build, inputs
 
 
@@ -21,7 +22,7 @@ from tests.zoo import ZOO, build, inputs
 def case(request):
     module, processor = build(request.param)
     model = MLLM.load(module, processor=processor)
-    return model, inputs(model, request.param)
+    return request.param, model, inputs(model, request.param)
 
 
 def test_every_table_is_built_in_the_tests():
@@ -32,14 +33,14 @@ def test_every_table_is_built_in_the_tests():
 
 
 def test_every_place_of_the_table_is_a_module(case):
-    model, _ = case
+    _, model, _ = case
     for name in model.hooks.names:
         module_at(model.module, model.family.place(name, 8).path)
 
 
 def test_what_the_path_says_is_so(case):
     """Edits at each vision block move the logits but for those that are said to be off the path."""
-    model, x = case
+    family, model, x = case
     path = model.path()
     clean = model.run(x).logits
     for layer in range(model.cfg.n_vision_layers):
@@ -49,6 +50,7 @@ def test_what_the_path_says_is_so(case):
             logits = model.nn.output.logits.save()
         assert torch.equal(logits, clean) == (layer in path.off_path), name
     assert str(path).startswith(f"the adapter reads {' and '.join(path.adapter_reads)}")
+    proved(family, "path")
 
 
 def test_deepstack_is_added_behind_the_block_that_the_path_names():
@@ -86,7 +88,7 @@ def test_adapter_reads_the_layers_the_table_says(layer):
 def test_tokens_of_all_stages_lie_in_the_same_order(case):
     """With attention off in both towers, one changed image token's pixels change that token alone,
     in every stage: as one vector, or as the patches that are merged into it."""
-    model, x = case
+    _, model, x = case
     token = len(x.grid.of_view(0)) // 2
     box = x.grid.box[x.grid.of_view(0)[token]]
     stages = [name for name in model.stages if not model.off_path(name)]
@@ -109,6 +111,7 @@ def test_tokens_of_all_stages_lie_in_the_same_order(case):
         if x.patches.view[patch] == 0 and _inside(x.patches.box[patch], box)
     ]
     assert under
+
     def edit(embed, hook):
         for patch in under:
             embed[x.patches.row[patch], x.patches.position[patch]] += 3
