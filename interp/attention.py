@@ -17,7 +17,7 @@ with no key left gives a pattern of zeros (SDPA does the same), never NaN.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ from interp.families.base import Family, module_at
 from interp.points import watched
 
 NAME = "interp"
+#: scores that `softmax_into` takes at a time: what stays in a CPU's cache, or fills a GPU
+BLOCK, BLOCK_ELSEWHERE = {"cpu": 2**17}, 2**22
 #: with "flash" in it, so that packed towers hand over their row whole (see `packed_attention`)
 PACKED_NAME = "interp_flash_packed"
 
@@ -170,17 +172,23 @@ def _written_out(
             "opened up yet; read hook_z, or put the model into eval mode"
         )
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
-    scores = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
+    # in place where it can be: a fresh tensor of this size costs more than the arithmetic
+    scores = (query @ key.transpose(-1, -2)).mul_(scaling or query.shape[-1] ** -0.5)
     if (softcap := kwargs.get("softcap")) is not None:  # Gemma 2
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask is not None and attention_mask.dtype != torch.bool:
         scores = scores + attention_mask
-    else:
-        mask = bool_mask(attention_mask, query, key, is_causal)
-        scores = scores.masked_fill(~mask, -torch.inf)
-    if watched(module.hook_attn_scores):
+    elif attention_mask is not None or is_causal:
+        scores.masked_fill_(~bool_mask(attention_mask, query, key, is_causal), -torch.inf)
+    shown = watched(module.hook_attn_scores)
+    if shown:
         scores = module.hook_attn_scores(scores)
-    pattern = softmax(scores).to(query.dtype)
+    if scores.requires_grad:
+        pattern = softmax(scores).to(query.dtype)
+    else:
+        # the scores' memory becomes the pattern's, unless somebody may have kept them
+        reused = not shown and scores.dtype == query.dtype
+        pattern = softmax_into(scores if reused else query.new_empty(scores.shape), scores)
     if watched(module.hook_pattern):
         pattern = module.hook_pattern(pattern)
     return (pattern @ value).transpose(1, 2).contiguous()
@@ -217,8 +225,31 @@ def as_bool(mask: Tensor) -> Tensor:
 def softmax(scores: Tensor) -> Tensor:
     """Softmax over keys in float32; a row that is closed everywhere becomes zeros, not NaN."""
     pattern = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    closed = (scores == -torch.inf).all(-1, keepdim=True)
-    return pattern.masked_fill(closed, 0.0)
+    if pattern[..., :1].isnan().any():  # such a row, or scores that were no numbers
+        closed = (scores == -torch.inf).all(-1, keepdim=True)
+        pattern = pattern.masked_fill(closed, 0.0)
+    return pattern
+
+
+def softmax_into(out: Tensor, scores: Tensor) -> Tensor:
+    """`softmax(scores)` written into `out`, a block of rows at a time; no gradients.
+
+    So the largest tensor of a model is held once: neither the scores nor a float32 copy of a
+    half-precision pattern stands beside it.
+
+    Args:
+        out: contiguous, of the scores' shape; may be `scores` itself.
+        scores: `[batch, head, query, key]`.
+
+    Returns:
+        `out`.
+    """
+    n_keys = scores.shape[-1]
+    n_rows = max(1, BLOCK.get(scores.device.type, BLOCK_ELSEWHERE) // max(1, n_keys))
+    blocks = scores.reshape(-1, n_keys).split(n_rows)
+    for block, to in zip(blocks, out.view(-1, n_keys).split(n_rows), strict=True):
+        to.copy_(softmax(block))
+    return out
 
 
 def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
@@ -233,6 +264,29 @@ def register(model: nn.Module, family: Family) -> None:
         AttentionMaskInterface.register(name, sdpa_mask)
     model.set_attn_implementation(NAME)  # type: ignore[operator]
     if family.vision.packed:
-        block: Any = module_at(model, family.vision.blocks)[0]  # type: ignore[index]
-        attention = module_at(block, family.vision.names.part("attn"))
-        attention.config._attn_implementation = PACKED_NAME  # type: ignore[union-attr]
+        for block in cast(nn.ModuleList, module_at(model, family.vision.blocks)):
+            attention: Any = module_at(block, family.vision.names.part("attn"))
+            if not isinstance(attention.config, PackedConfig):
+                attention.config = PackedConfig(attention.config)
+
+
+class PackedConfig:
+    """A packed tower's configuration, as its attention modules see it.
+
+    Where the tower attends through "interp", its attention modules are told the name that makes
+    them hand over their row whole. The configuration itself stays as it is: other models may be
+    made from it, and transformers would look for a flash kernel of that name.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.__dict__["config"] = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "config" not in self.__dict__:  # while being copied
+            raise AttributeError(name)
+        return getattr(self.__dict__["config"], name)
+
+    @property
+    def _attn_implementation(self) -> Any:
+        name = self.__dict__["config"]._attn_implementation
+        return PACKED_NAME if name == NAME else name

@@ -31,12 +31,8 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoTokenizer
 
-from interp.errors import InterpError
+from interp.errors import NoBridge
 from interp.instrumented import Instrumented
-
-
-class NoBridge(InterpError, NotImplementedError):
-    """A model that TransformerLens has no bridge for, or whose weights cannot be shared."""
 
 
 def bridge(model: Instrumented) -> TransformerBridge:
@@ -48,31 +44,23 @@ def bridge(model: Instrumented) -> TransformerBridge:
         ValueError: the model has no tokenizer.
     """
     kind = type(model.module).__name__
-    tokenizer = _own_tokenizer(model.tokenizer)
     twin = _twin(model.module)
-    try:
-        made = build_bridge_from_module(twin, kind, hf_config=twin.config, tokenizer=tokenizer)
-    except ValueError as error:
-        if "Unsupported architecture" not in str(error):
-            raise
-        raise NoBridge(
-            f"TransformerLens has no bridge for {model.family.name} ({kind}); its own methods work "
-            "on what model.run_with_cache returns, which needs no bridge"
-        ) from error
+    # TransformerLens reads the tokenizer anew, to have it begin texts with their first token, from
+    # the name it was loaded under: from the hub, if not from here
+    with tempfile.TemporaryDirectory() as folder:
+        model.tokenizer.save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        try:
+            made = build_bridge_from_module(twin, kind, hf_config=twin.config, tokenizer=tokenizer)
+        except ValueError as error:
+            if "Unsupported architecture" not in str(error):
+                raise
+            raise NoBridge(
+                f"TransformerLens has no bridge for {model.family.name} ({kind}); its own methods "
+                "work on what model.run_with_cache returns, which needs no bridge"
+            ) from error
     made.processor = model.processor
     return made
-
-
-def _own_tokenizer(tokenizer: Any) -> Any:
-    """A copy with the beginning-of-text token switched on, as TransformerLens wants it.
-
-    It would get one by itself, from the name that the tokenizer was loaded under: from the hub, or
-    not at all.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        first = {} if tokenizer.bos_token is None else {"add_bos_token": True}
-        return AutoTokenizer.from_pretrained(folder, **first)
 
 
 def _twin(module: nn.Module) -> nn.Module:
@@ -105,9 +93,6 @@ def _twin(module: nn.Module) -> nn.Module:
                     "adapters?), so its weights cannot be shared"
                 )
             getattr(theirs, kept).update(held)
-        for key, value in vars(theirs).items():  # tensors that a constructor kept outside both
-            if isinstance(value, Tensor) and value.is_meta:
-                theirs.__dict__[key] = getattr(ours, key)
     return twin
 
 

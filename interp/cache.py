@@ -1,8 +1,7 @@
-# ruff: noqa: N815  (b_O: the field's name)
 """An `ActivationCache` whose sums are right on a multimodal LLM.
 
 `run_with_cache` gives one of these. It *is* a `transformer_lens.ActivationCache`, and its methods
-are TransformerLens's own code; what they ask of a model is answered by `LensView`, and what they
+are TransformerLens's own code. What they ask of a model is answered by `interp.lens`, and what they
 read is put right first (`StreamCache._stream`), because on an MLLM five things are not what that
 code takes for granted:
 
@@ -23,7 +22,8 @@ code takes for granted:
 * **Pictures are not rows.** Tiles make the vision tower's first axis another one than the batch's,
   so slicing or dropping the batch axis leaves `vision.*`, `adapter.*` and `deepstack.*` alone.
 
-A decomposition into all parts is compared with the stream itself and raises if it misses it.
+A decomposition into all parts is compared with the stream itself and raises if it misses it. For
+what TransformerLens gives to the letter, gaps and all, there is `cache.on_bridge()`.
 
     logits, cache = model.run_with_cache(x)
     parts, labels = cache.decompose_resid(return_labels=True, pos_slice=-1)
@@ -34,111 +34,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
-from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
-from interp.errors import InterpError, NotRead, nearest
+from interp.errors import NotRead, SumMismatch, nearest
 from interp.hooks import canonical
-from interp.weights import BlockWeights, LanguageWeights, NormWeights
-
-if TYPE_CHECKING:
-    from interp.instrumented import Instrumented
+from interp.lens import LensView
 
 TOWERS = ("vision.", "adapter.", "deepstack.")
 TOLERANCE = 1e-4
-
-
-class SumMismatch(InterpError, ArithmeticError):
-    """Parts that do not add up to the whole: the decomposition does not hold on this model."""
-
-
-class LensView(LanguageWeights):
-    """What TransformerLens's tools ask of a model, answered for an MLLM's language model.
-
-    Attributes:
-        cfg: the sizes, and TransformerLens's words for the architecture.
-        n_deepstack: how many blocks are followed by a deepstack feature.
-        adapter: makes the model's logits of what the unembedding gives (a cap, where there is one).
-        as_written: whether `blocks` gives `W_O` and `W_out` as they write into the stream, past
-            Gemma's post norms, and nothing else.
-    """
-
-    def __init__(self, model: Instrumented) -> None:
-        self.module, self.family, self._model = model.module, model.family, model
-        self.cfg: Any = SimpleNamespace(
-            **asdict(model.cfg),
-            attn_only=False,
-            normalization_type="LN" if isinstance(self.ln_final, nn.LayerNorm) else "RMS",
-            device=model.device,
-            model_name=type(model.module).__name__,
-        )
-        self.n_deepstack = sum(name.startswith("deepstack.") for name in model.hooks.names)
-        text = cast(Any, model.config).get_text_config()
-        cap = getattr(text, "final_logit_softcapping", None)
-        self.adapter = SimpleNamespace(
-            apply_output_logits_transform=lambda logits: (
-                cap * torch.tanh(logits / cap) if cap else logits
-            )
-        )
-        self.as_written = False
-
-    @property
-    def tokenizer(self) -> Any:
-        """The model's tokenizer."""
-        return self._model.tokenizer
-
-    @property
-    def post_norms(self) -> bool:
-        """Whether what attention and MLP write is normalised before it is added."""
-        return self.family.language.names.post_norms
-
-    @property
-    def blocks(self) -> Any:
-        """Weights block by block."""
-        blocks = super().blocks
-        return [_Writers(block) for block in blocks] if self.as_written else blocks
-
-    def norm_before(self, layer: int, mlp_input: bool = False) -> NormWeights:
-        """Weights of the norm at a block's attention or MLP; of the final one past the last."""
-        if layer == self.cfg.n_layers:
-            return self.ln_final_weights
-        block = super().blocks[layer]
-        return block.ln2 if mlp_input else block.ln1
-
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Tensor:
-        """Sum of what biases wrote into the stream before block `layer`, `[d_model]`."""
-        bias = super().accumulated_bias(layer, mlp_input, include_mlp_biases)
-        if self.post_norms and bias.any():
-            raise NotImplementedError(
-                f"{self.cfg.model_name} normalises what attention and MLP write, so that their "
-                "biases are no constant part of the stream; decompose_resid holds here"
-            )
-        return bias
-
-
-class _Writers:
-    """A block's weights on their way out, with the post norms' weights in them."""
-
-    def __init__(self, block: BlockWeights) -> None:
-        self._block = block
-        self.attn = self.mlp = self
-
-    W_O = property(lambda self: self._past(self._block.attn.W_O, self._block.ln1_post))
-    W_out = property(lambda self: self._past(self._block.mlp.W_out, self._block.ln2_post))
-    b_O = property(lambda self: self._block.attn.b_O)
-    b_out = property(lambda self: self._block.mlp.b_out)
-
-    @staticmethod
-    def _past(weight: Tensor, norm: NormWeights | None) -> Tensor:
-        return weight if norm is None else weight * norm.w
 
 
 class StreamCache(ActivationCache):

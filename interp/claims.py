@@ -75,7 +75,7 @@ def blocks(model: MLLM, x: Inputs, *, vision: bool) -> Iterator[Finding]:
                 ids = x.tensors["input_ids"].to(left.device)
                 left[ids == config.image_token_id] += precise(run[deepstack]).flatten(0, -2)
             claim = "resid_post = resid_pre of the next block"
-            yield Finding(claim, worst(precise(run[following]), left), here)
+            yield Finding(claim, worst(precise(run[following]), left), following)
 
 
 # -- one block -------------------------------------------------------------------------------------

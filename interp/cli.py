@@ -1,8 +1,9 @@
-"""The command line: `interp study`, `interp report`, `interp hooks`.
+"""The command line: `interp study`, `interp report`, `interp hooks`, `interp check`.
 
     interp study --model tiny --out results/tiny     the four findings, into a run folder
     interp report results/tiny                       draw the page again from a run folder
     interp hooks tiny "blocks.2.*"                   names and shapes of a model's hooks
+    interp check MODEL                               do the names mean what they claim on it?
 
 Heavy imports happen inside the commands, so `interp --help` answers at once. (No command has an
 option `-d`: nnsight reads the arguments of the process for its own debug mode.)
@@ -98,6 +99,26 @@ def hooks(
         _fail(error)
     for name in names:
         console.print(f"{name:<44}{loaded.hooks.shape(name)}", highlight=False)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help='"tiny", a hub id or a local folder.')] = "tiny",
+    device: Annotated[str | None, typer.Option(help='For instance "cuda".')] = None,
+    dtype: Annotated[str | None, typer.Option(help='For instance "bfloat16".')] = None,
+) -> None:
+    """Try on a model whether its hooks mean what they claim; exit code 1 if one does not."""
+    from interp.check import check as run_check
+
+    try:
+        loaded = _load(model, device=device, dtype=dtype)
+        found = run_check(loaded)
+    except (InterpError, ValueError) as error:
+        _fail(error)
+    console.print(found.table())
+    console.print(str(loaded.path()), highlight=False)
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def _load(model: str, **options: Any) -> MLLM:

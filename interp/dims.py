@@ -16,7 +16,10 @@ from interp.families.base import Family, Tower, module_at
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a model, by TransformerLens's names; `*_vision_*` are the vision tower's."""
+    """Sizes of a model, by TransformerLens's names; `*_vision_*` are the vision tower's.
+
+    `device` is where the first weights were when the model was loaded.
+    """
 
     n_layers: int
     n_heads: int
@@ -30,6 +33,7 @@ class Dims:
     d_vision: int
     d_vision_head: int
     d_vision_mlp: int
+    device: str
 
     @classmethod
     def of(cls, module: nn.Module, family: Family) -> Dims:
@@ -48,6 +52,7 @@ class Dims:
             d_vision=vision["model"],
             d_vision_head=vision["head"],
             d_vision_mlp=vision["mlp"],
+            device=str(next(module.parameters()).device),
         )
 
 

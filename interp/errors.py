@@ -59,6 +59,22 @@ class EditHadNoEffect(InterpError, RuntimeError):
     """An edit that changed nothing: nearly always a mistake, so it is not let through."""
 
 
+class SumMismatch(InterpError, ArithmeticError):
+    """Parts that do not add up to the whole: the decomposition does not hold on this model."""
+
+
+class UnreadableWeight(InterpError, TypeError):
+    """A weight that is no plain matrix: quantised, or not loaded."""
+
+
+class MissingLibrary(InterpError, ImportError):
+    """A library that this way of working needs, and that is not installed."""
+
+
+class NoBridge(InterpError, NotImplementedError):
+    """A model that TransformerLens has no bridge for, or whose weights cannot be shared."""
+
+
 class Untestable(InterpError, ValueError):
     """A claim on which this model and these images give nothing to test."""
 

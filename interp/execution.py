@@ -28,6 +28,7 @@ from interp.hooks import canonical
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
 from interp.points import Point
+from interp.pooling import pool
 from interp.tokens import TokenGrid
 
 HookFunction = Callable[..., Tensor | None]
@@ -72,6 +73,14 @@ class Run:
         """
         return self.grid_of(name).gather(self[name])
 
+    def per_token(self, name: str) -> Tensor:
+        """One vector an image token, `[n_images, n_tokens, d]`, at any stage.
+
+        What `tokens` gives, but where the adapter merges patches the mean of a token's patches, so
+        that stages can be compared token by token (`interp.pooling`).
+        """
+        return pool(self.tokens(name), self.grid_of(name), self.grid)
+
 
 #: a step just before the value at a rank is made, and one just after the reads there
 BEFORE, AFTER = -0.5, 0.5
@@ -96,8 +105,12 @@ def execute(
     strict: bool = True,
     allow_empty_rows: bool = False,
     mass: bool = True,
+    stop: str | None = None,
 ) -> Run:
-    """Run the model once; `MLLM.run` documents the arguments (names are canonical here)."""
+    """Run the model once; `MLLM.run` documents the arguments (names are canonical here).
+
+    `stop` names a hook, among those read, behind which nothing is run or edited.
+    """
     states: dict[str, Tensor] = {}
     receipts: list[Receipt] = []
     steps = _value_steps(model, x, read, functions, states)
@@ -115,6 +128,8 @@ def execute(
         for layer in range(model.cfg.n_layers):
             if book.at(layer):
                 steps += _LayerMask(model, book, layer, receipts, mass).steps()
+    if stop is not None:
+        steps = [step for step in steps if step.rank <= model.hooks.rank(stop)]
     steps.sort(key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
     nn, tensors = model.nn, model.to_device(x)
@@ -125,6 +140,8 @@ def execute(
             out["logits"] = nn.output.logits
         else:
             tracer.stop()
+    if edits:
+        book.require_effects()
     receipts.sort(key=lambda receipt: receipt.layer)
     return Run(
         states, out.get("logits"), Receipts(receipts), x.grid, lambda name: model.grid_of(name, x)
@@ -231,10 +248,12 @@ class _LayerMask:
         args, kwargs = self.attention.inputs
         base = kwargs.get("attention_mask")
         base = self.book.causal(self.model.device) if base is None else as_bool(base)
-        mask, self.effects = self.book.mask(base, self.layer)
+        mask, effects = self.book.mask(base, self.layer)
         self.attention.inputs = (args, {**kwargs, "attention_mask": mask})
-        if not self.mass:
-            for effect in self.effects:
+        if self.mass:
+            self.effects = effects
+        else:
+            for effect in effects:
                 self.write(effect, None)
 
     def keep_query(self) -> None:
@@ -253,6 +272,8 @@ class _LayerMask:
                 heads=effect.edit.heads,  # type: ignore[arg-type]
             )
             self.write(effect, share)
+        self.effects = []  # they hold masks, and this object lives as long as the run
+        del self.query
 
     def write(self, effect: Effect, share: float | None) -> None:
         self.receipts.append(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +62,23 @@ class Inputs:
         return f"Inputs({shapes})"
 
     @property
+    def shape(self) -> torch.Size:
+        """(rows, positions), so that TransformerLens's tools take this for tokens."""
+        return self.tensors["input_ids"].shape
+
+    @property
     def n_pos(self) -> int:
         """Length of the sequence, padding included."""
         return int(self.tensors["input_ids"].shape[1])
+
+    def select(self, view: str) -> Inputs:
+        """The same inputs, of whose image tokens only one view a picture counts.
+
+        Args:
+            view: "base", "tiles" or "finest", see `TokenGrid.select`.
+        """
+        grids = {name: getattr(self, name).select(view) for name in ("grid", "patches", "adapter")}
+        return replace(self, **grids)
 
     @property
     def is_text(self) -> np.ndarray:
@@ -173,7 +187,8 @@ def _assemble(
     ids = tensors["input_ids"]
     if "attention_mask" not in tensors:
         tensors["attention_mask"] = torch.ones_like(ids)
-    if "mm_token_type_ids" in family.inputs and "mm_token_type_ids" not in tensors:
+    video = (ids == getattr(config, "video_token_id", -1)).any()
+    if "mm_token_type_ids" in family.inputs and "mm_token_type_ids" not in tensors and not video:
         tensors["mm_token_type_ids"] = (ids == config.image_token_id).to(ids.dtype)
     missing = [name for name in family.inputs if name not in tensors and name not in OPTIONAL]
     if missing:

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 from interp import attention, points
 from interp.dims import Dims
 from interp.families import family_of
-from interp.families.base import module_at
 from interp.hooks import Vocabulary, canonical
 from interp.inputs import Inputs
 from interp.path import Path
 from interp.sites import Site, envoy_at
 from interp.tokens import TokenGrid
-
+from interp.weights import LanguageWeights, VisionWeights
 
 FIRST = "vision.blocks.0.hook_resid_pre"
 
@@ -33,7 +32,22 @@ def _after(merger: int) -> str:
     return f"blocks.{merger}.hook_resid_post"
 
 
-class Instrumented:
+def first_device(module: nn.Module) -> torch.device:
+    """Where the first weights are that are anywhere: offloaded ones are not."""
+    there = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
+    return next(there, torch.device("cpu"))  # all offloaded: accelerate takes inputs from there
+
+
+class Traced(nnsight.NNsight):
+    """nnsight's wrapper, which would send inputs to the first parameter's device, be it meta."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go."""
+        return first_device(self._module)
+
+
+class Instrumented(LanguageWeights):
     """A transformers module under nnsight, with hooks by name.
 
     Attributes:
@@ -62,7 +76,7 @@ class Instrumented:
         )
         points.attach(module, self.family)
         attention.register(module, self.family)
-        self.nn = nnsight.NNsight(module)
+        self.nn = Traced(module)
         points.listen(module, self.nn)
 
     def __repr__(self) -> str:
@@ -70,13 +84,18 @@ class Instrumented:
         return (
             f"MLLM({type(self.module).__name__}: vision {c.n_vision_layers} layers x "
             f"{c.n_vision_heads} heads, LLM {c.n_layers} layers x {c.n_heads} heads, d_model "
-            f"{c.d_model}, {next(self.module.parameters()).dtype}, {self.device})"
+            f"{c.d_model}, {self.dtype}, {self.device})"
         )
 
     @property
     def device(self) -> torch.device:
         """Where the model's first weights are."""
-        return next(self.module.parameters()).device
+        return first_device(self.module)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights; of quantised ones, what they are computed in."""
+        return self.module.dtype  # type: ignore[return-value]
 
     @property
     def n_parameters(self) -> int:
@@ -85,7 +104,7 @@ class Instrumented:
 
     def to_device(self, x: Inputs) -> dict[str, Tensor]:
         """The model's inputs on its device, pictures in its precision."""
-        dtype = next(self.module.parameters()).dtype
+        dtype = self.dtype
         return {
             name: tensor.to(self.device, dtype if tensor.is_floating_point() else None)
             for name, tensor in x.tensors.items()
@@ -201,15 +220,10 @@ class Instrumented:
         llm = [f"blocks.{i}.hook_resid_post" for i in range(self.cfg.n_layers)]
         return [first, *vision, "adapter.hook_in", "adapter.hook_out", *llm]
 
-    def head_weights(self, layer: int) -> Tensor:
-        """Output projection of a language-model layer by head, `[head, d_head, d_model]`."""
-        weight: Tensor = module_at(self.module, self.family.block_path(layer, "o")).weight  # type: ignore[assignment]
-        return weight.detach().T.unflatten(0, (self.cfg.n_heads, self.cfg.d_head))
-
     @property
-    def W_O(self) -> Tensor:
-        """Output projections of the language model, `[layer, head, d_head, d_model]` (a copy)."""
-        return torch.stack([self.head_weights(layer) for layer in range(self.cfg.n_layers)])
+    def vision(self) -> VisionWeights:
+        """The vision tower's weights: `model.vision.W_Q`."""
+        return VisionWeights(self.module, self.family, self.cfg)
 
     @property
     def tokenizer(self) -> Any:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
 
-from interp.errors import ModelNotFound, NotMultimodal
+from interp.errors import MissingLibrary, ModelNotFound, NotMultimodal
 from interp.families import family_of
 from interp.processing import read_processor
 
@@ -50,7 +50,7 @@ def load(
     Raises:
         ModelNotFound: a path that is not there, or a folder without a model in it.
         NotMultimodal: a model without a vision tower, or of a family without a table.
-        ImportError: a library that this way of loading needs is not installed.
+        MissingLibrary: a library that this way of loading needs is not installed.
         ValueError: options that do not go together.
     """
     _check(options, device)
@@ -163,7 +163,7 @@ def _read_module(
     except OSError as error:
         raise ModelNotFound(f"no model at {name!r}: {error}") from error
     except ImportError as error:
-        raise ImportError(f"{name!r} cannot be loaded like this here: {error}") from error
+        raise MissingLibrary(f"{name!r} cannot be loaded like this here: {error}") from error
     return module if device is None else module.to(device)
 
 
@@ -191,7 +191,7 @@ def _read_processor(name: str, where: str, config: Any, hub: dict[str, Any]) -> 
             "MLLM.load(..., processor=AutoProcessor.from_pretrained(...))"
         ) from error
     except ImportError as error:
-        raise ImportError(
+        raise MissingLibrary(
             f"the processor of {name!r} needs a library that is missing: {error}"
         ) from error
 

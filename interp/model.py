@@ -20,13 +20,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformer_lens import ActivationCache
 
+from interp.cache import StreamCache
 from interp.edits.masks import MaskEdit
+from interp.errors import EditHadNoEffect, HeadError, UnknownHook
 from interp.execution import HookFunction, Run, execute
 from interp.hooks import Pattern
 from interp.inputs import Inputs, Picture, from_tensors, prepare
 from interp.instrumented import Instrumented
+from interp.lens import LensView
 from interp.loading import load
 
 
@@ -160,8 +162,13 @@ class MLLM(Instrumented):
         )
 
     def run_with_cache(
-        self, x: Inputs, *edits: MaskEdit, names_filter: Pattern | None = None
-    ) -> tuple[Tensor, ActivationCache]:
+        self,
+        x: Inputs,
+        *edits: MaskEdit,
+        names_filter: Pattern | None = None,
+        stop_at_layer: int | None = None,
+        remove_batch_dim: bool = False,
+    ) -> tuple[Tensor, StreamCache]:
         """TransformerLens's: the logits, and an `ActivationCache` of the hooks asked for.
 
         Args:
@@ -169,28 +176,100 @@ class MLLM(Instrumented):
             edits: as in `run`.
             names_filter: glob, names or predicate; None caches every hook but `hook_result`, which
                 holds `[batch, pos, head, d_model]` a layer.
+            stop_at_layer: run only the blocks before this one, and return the residual stream that
+                enters it, `[batch, pos, d_model]`, instead of the logits; hooks from there on are
+                not cached. Negative numbers count from the end, `n_layers` gives the stream behind
+                the last block.
+            remove_batch_dim: drop the batch axis of a single row.
+
+        Raises:
+            UnknownHook: no such hook, or none before `stop_at_layer`.
+            HeadError: no such layer.
         """
-        wanted = _all_but_results if names_filter is None else names_filter
-        run = self.run(x, *edits, read=wanted)
-        assert run.logits is not None
-        return run.logits, ActivationCache(run.states, self)
+        _check_call(x, edits)
+        names = self.hooks.expand(_all_but_results if names_filter is None else names_filter)
+        if stop_at_layer is None:
+            run = execute(self, x, edits=edits, read=names)
+            end = run.logits
+        else:
+            stop = self._stop(stop_at_layer)
+            kept = self._before(stop, names)
+            if not kept:
+                raise UnknownHook(
+                    f"{names_filter!r} matches only hooks from {stop!r} on, where "
+                    f"stop_at_layer={stop_at_layer} ends the run"
+                )
+            run = execute(self, x, edits=edits, read=[*kept, stop], logits=False, stop=stop)
+            end = run.states[stop] if stop in kept else run.states.pop(stop)
+        assert end is not None
+        cache = StreamCache(run.states, LensView(self))
+        return end, cache.remove_batch_dim() if remove_batch_dim else cache
 
     def run_with_hooks(
         self,
         x: Inputs,
         *edits: MaskEdit,
         fwd_hooks: Sequence[tuple[Pattern, HookFunction]] = (),
+        stop_at_layer: int | None = None,
     ) -> Tensor:
         """TransformerLens's: the logits under functions `fn(tensor, hook) -> tensor | None`.
 
         A function that returns None may have edited its tensor in place; either way the edit
-        counts. `hook.name` and `hook.layer()` tell where it is.
+        counts. `hook.name` and `hook.layer()` tell where it is. `stop_at_layer` is as in
+        `run_with_cache`.
+
+        Raises:
+            EditHadNoEffect: a function that would act from `stop_at_layer` on only.
         """
         _check_call(x, edits)
-        functions = [(name, fn) for where, fn in fwd_hooks for name in self.hooks.expand(where)]
-        run = execute(self, x, edits=edits, functions=functions)
-        assert run.logits is not None
-        return run.logits
+        stop = None if stop_at_layer is None else self._stop(stop_at_layer)
+        functions: list[tuple[str, HookFunction]] = []
+        for where, function in fwd_hooks:
+            names = self.hooks.expand(where)
+            if stop is not None:
+                names = self._before(stop, names)
+                if not names:
+                    raise EditHadNoEffect(
+                        f"the function at {where!r} acts only from {stop!r} on, where "
+                        f"stop_at_layer={stop_at_layer} ends the run"
+                    )
+            functions += [(name, function) for name in names]
+        read = [] if stop is None else [stop]
+        run = execute(
+            self, x, edits=edits, read=read, functions=functions, logits=stop is None, stop=stop
+        )
+        end = run.logits if stop is None else run.states[stop]
+        assert end is not None
+        return end
+
+    def _stop(self, layer: int) -> str:
+        """The hook whose value `stop_at_layer` returns."""
+        n_layers = self.cfg.n_layers
+        if not -n_layers <= layer <= n_layers:
+            raise HeadError(
+                f"stop_at_layer={layer}: the model has {n_layers} layers, -{n_layers} to "
+                f"{n_layers} would do"
+            )
+        if layer == n_layers:
+            return f"blocks.{n_layers - 1}.hook_resid_post"
+        return f"blocks.{layer % n_layers}.hook_resid_pre"
+
+    def _before(self, stop: str, names: Sequence[str]) -> list[str]:
+        """Names that a run which ends at `stop` still reaches, as TransformerLens has it."""
+        last = self.hooks.rank(stop) - stop.endswith("resid_pre")
+        return [name for name in names if self.hooks.rank(name) <= last]
+
+    def bridge(self) -> Any:
+        """The same weights, not copied, as a TransformerLens `TransformerBridge`.
+
+        `interp.bridge` says what is right and what is wrong on it.
+
+        Raises:
+            NoBridge: TransformerLens does not know the family, or the weights cannot be shared.
+        """
+        from interp.bridge import bridge  # TransformerLens's bridges take seconds to import
+
+        return bridge(self)
 
     def generate(self, x: Inputs, *, max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
         """Answer in words: one text a row, without the prompt. Greedy unless asked otherwise."""

@@ -88,31 +88,28 @@ def paint(
     out = scores
     for axis, edges, n in ((0, y, size[1]), (1, x, size[0])):
         centres = np.arange(n) + 0.5
-        # where cells leave a gap, it goes to the nearer one
-        cell = _nearest(edges.mean(0), centres)
+        middle = edges.mean(0)
         if bilinear:
-            middle = edges.mean(0)
             at = np.interp(centres, middle, np.arange(len(middle)))
             low = np.floor(at).astype(int)
             high = np.minimum(low + 1, len(middle) - 1)
             weight = (at - low).reshape([-1 if a == axis else 1 for a in range(out.ndim)])
-            weight = weight.astype(out.dtype)
-            out = out.take(low, axis) * (1 - weight) + out.take(high, axis) * weight
+            # low + (high - low) * weight, in place: a map of logits is large
+            step = out.take(high, axis)
+            out = out.take(low, axis)
+            step -= out
+            step *= weight.astype(out.dtype)
+            out += step
         else:
             inside = (edges[0][:, None] <= centres) & (centres < edges[1][:, None])
-            cell = np.where(inside.any(0), inside.argmax(0), cell)
-            out = out.take(cell, axis)
+            # where cells leave a gap, it goes to the one with the nearer centre
+            nearest = np.searchsorted((middle[:-1] + middle[1:]) / 2, centres, side="right")
+            out = out.take(np.where(inside.any(0), inside.argmax(0), nearest), axis)
     for axis, edges, n in ((0, y, size[1]), (1, x, size[0])):
         centres = np.arange(n) + 0.5
         outside = (centres < edges[0, 0]) | (centres >= edges[1, -1])
         out[(slice(None),) * axis + (outside,)] = fill
     return out
-
-
-def _nearest(middle: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """The number of the nearest of some ascending points, for each of `centres`."""
-    between = (middle[:-1] + middle[1:]) / 2
-    return np.searchsorted(between, centres, side="right")
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

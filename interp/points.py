@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from interp.families.base import Family, Tower, module_at
+from interp.families.base import Family, Tower, module_at, weight_of
 
 ATTENTION_POINTS = (
     "hook_rot_q",
@@ -183,11 +183,13 @@ def _fire_scaled(part: str, scale: Tensor, ln2: nn.Module, added: nn.Module, _: 
     point = cast(HookPoint, getattr(added, f"hook_{part}_out"))
     if not watched(point):
         return
+    if scale.is_meta:
+        raise NotImplementedError(f"{point.name!r}: its scale is offloaded by the device_map")
     before = scale * (out[0] if isinstance(out, tuple) else out)
     change = _fire(point, before.clone(), 3) - before
     if part == "attn":
         ln2.__dict__["interp_change"] = change
-    else:
+    elif stream is not None:
         stream.add_(change)
 
 
@@ -220,11 +222,11 @@ def _fire_norm(offset: float, norm: Any, args: tuple[Tensor, ...], output: Tenso
     scale = _fire(scale_point, scale.clone(), 3)
     # asked only now: a trace's worker that waited for the scale may move on to the next point
     after = _fire(normalized_point, x / scale, 3)
-    change = (after - before) * (norm.weight + offset)
+    change = (after - before) * (weight_of(norm) + offset)
     return output + change.to(output.dtype)
 
 
-def head_results(projection: nn.Module, z: Tensor, d_head: int) -> Tensor:
+def head_results(projection: Any, z: Tensor, d_head: int) -> Tensor:
     """What each head writes into the residual stream: `z_h W_O^h`, `[..., pos, head, d_model]`.
 
     Elhage et al. 2021 ("A Mathematical Framework"): attention's output is the sum of these, plus
@@ -235,12 +237,12 @@ def head_results(projection: nn.Module, z: Tensor, d_head: int) -> Tensor:
         z: its input, `[..., pos, head * d_head]`.
         d_head: width of a head.
     """
-    weight = projection.weight
+    weight = weight_of(projection)
     z = z.unflatten(-1, (-1, d_head))
     if isinstance(projection, nn.Linear) and weight.is_floating_point() and weight.ndim == 2:
         return torch.einsum("...hd,mhd->...hm", z, weight.unflatten(1, (-1, d_head)))
     one = torch.eye(z.shape[-2], dtype=z.dtype, device=z.device)
-    bias = 0 if projection.bias is None else projection.bias
+    bias = 0 if projection.bias is None else weight_of(projection, "bias")
     # only the class's forward: hooks, ours included, must not see these calls
     parts = [type(projection).forward(projection, (z * row[:, None]).flatten(-2)) for row in one]
     return torch.stack([part - bias for part in parts], dim=-2)

@@ -23,6 +23,8 @@ from transformers.models.auto.processing_auto import (
     processor_class_from_name,
 )
 
+from interp.errors import MissingLibrary
+
 
 class NoVideos:
     """Stands where the video processor would be: has its settings, refuses its work."""
@@ -33,7 +35,7 @@ class NoVideos:
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse a video."""
-        raise ImportError(
+        raise MissingLibrary(
             "this processor was loaded without its video part, for want of torchvision or of the "
             "part's settings; give it pictures, or install torchvision and load it again"
         )
@@ -75,7 +77,7 @@ def read_processor(where: str, config: Any, **hub: Any) -> Any:
 
     Raises:
         OSError: no processor files there, or only a tokenizer's.
-        ImportError: a library is missing that the pictures need, too.
+        MissingLibrary: a library is missing that the pictures need, too.
     """
     try:
         processor = AutoProcessor.from_pretrained(where, config=config, **hub)

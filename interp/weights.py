@@ -1,4 +1,3 @@
-# ruff: noqa: N815  (b_Q, b_O: the field's names)
 """Weights by TransformerLens's names: per head, input on the left, biases never missing.
 
 transformers keeps a projection as one matrix `[out, in]` for all heads together, under another
@@ -38,12 +37,8 @@ from torch import Tensor, nn
 from transformer_lens import FactoredMatrix
 
 from interp.dims import Dims
-from interp.errors import InterpError
+from interp.errors import UnreadableWeight
 from interp.families.base import Block, Family, module_at
-
-
-class UnreadableWeight(InterpError, TypeError):
-    """A weight that is no plain matrix: quantised, or not loaded."""
 
 
 class NormWeights:

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from interp import MLLM
-from interp.bridge import NoBridge
+from interp.errors import NoBridge
 from interp.hooks import ALIASES
+from tests.record import proved
 from tests.zoo import ZOO, build, picture
 
 BRIDGED = (
@@ -119,6 +120,17 @@ def test_bridge_runs_on_the_very_same_weights(case):
     assert kinds == {"eager"}
 
 
+def test_bridge_in_bfloat16():
+    module, processor = build("llava-clip-llama", dtype=torch.bfloat16)
+    model = MLLM.load(module, processor=processor)
+    x = model.prepare(picture(), ZOO["llava-clip-llama"].prompt)
+    tensors = model.to_device(x)
+    with torch.no_grad():
+        logits = model.bridge()(tensors.pop("input_ids"), **tensors)
+    assert logits.dtype == torch.bfloat16
+    assert close(logits, model.run(x, read="*").logits, 0.05)
+
+
 def test_an_edit_of_a_weight_is_seen_on_both():
     both = Pair("llava-clip-llama")
     with torch.no_grad():
@@ -177,6 +189,7 @@ def test_hooks_hold_what_theirs_hold(case):
         if not close(ours, reference):
             unlike.append(name)
     assert unlike == []
+    proved(case, "TransformerBridge", f"{len(names)} hooks")
 
 
 @pytest.mark.parametrize("case", BRIDGED)
@@ -344,7 +357,9 @@ def folded(case: str) -> Pair:
     return both
 
 
-@pytest.mark.parametrize("case", BRIDGED)
+@pytest.mark.parametrize(
+    "case", ["tiny", "llava-clip-llama", "llava-clip-qwen2", "qwen3-vl", "gemma3", "idefics3"]
+)
 def test_attributions_are_those_of_a_bridge_that_folds(case):
     """Compared at text positions, where the bridge's decomposition has its right start."""
     both = folded(case)
@@ -399,6 +414,7 @@ def test_families_without_a_bridge_are_told(case):
     name = re.escape(model.family.name)
     with pytest.raises(NoBridge, match=rf"no bridge for {name} \({type(module).__name__}\)"):
         model.bridge()
+    proved(case, "TransformerBridge", "none there")
 
 
 def test_weights_that_cannot_be_shared_are_told():

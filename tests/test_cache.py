@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import transformers as hf
-from transformer_lens import ActivationCache
+from transformer_lens import ActivationCache, patching
+from transformer_lens.model_protocol import TransformerLensModelWithWeights
 
 from interp import EditHadNoEffect, Knockout
-from interp.cache import LensView, StreamCache, SumMismatch
-from interp.errors import HeadError, NotRead, UnknownHook
+from interp.cache import StreamCache
+from interp.errors import HeadError, NotRead, SumMismatch, UnknownHook
+from interp.lens import LensView
 from interp.model import MLLM
 from tests.zoo import TEXT, VISION, ZOO, build, llava, picture, randomise
 
@@ -362,7 +364,12 @@ def test_functions_and_edits_before_the_stop_count_and_later_ones_raise():
     with pytest.raises(EditHadNoEffect, match=r"'blocks.1.hook_mlp_out' acts only from"):
         model.run_with_hooks(x, fwd_hooks=[("blocks.1.hook_mlp_out", zero)], stop_at_layer=1)
     edges = x.grid.edges([0, 1], [3, 4])
+    ran = []
+    last = model.module.get_submodule(model.family.block_path(2, "ln1"))
+    handle = last.register_forward_hook(lambda *_: ran.append(2))
     cut, _ = model.run_with_cache(x, Knockout(edges), stop_at_layer=2)
+    handle.remove()
+    assert not ran  # though the edit is of all layers
     assert not torch.allclose(cut, model.run_with_hooks(x, stop_at_layer=2), atol=1e-4)
     with pytest.raises(EditHadNoEffect, match="after everything that is read"):
         model.run_with_cache(x, Knockout(edges, layers=[2]), stop_at_layer=2)
@@ -370,3 +377,29 @@ def test_functions_and_edits_before_the_stop_count_and_later_ones_raise():
         model.run_with_cache(x, names_filter="blocks.2.*", stop_at_layer=1)
     with pytest.raises(HeadError, match=r"stop_at_layer=4: the model has 3 layers"):
         model.run_with_cache(x, stop_at_layer=4)
+
+
+# -- tools of TransformerLens that take a model ----------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava-clip-llama", "qwen2.5-vl"])
+def test_transformerlens_patches_activations_on_it(name):
+    """`transformer_lens.patching` takes the model for its own, and `Inputs` for tokens."""
+    this = case(name)
+    model = this.model
+    assert isinstance(model, TransformerLensModelWithWeights)
+    other = model.prepare(picture(seed=3), ZOO[name].prompt)
+
+    def metric(logits):
+        return logits[0, -1, 7] - logits[0, -1, 8]
+
+    effects = patching.get_act_patch_attn_head_out_by_pos(model, other, this.cache, metric)
+    assert effects.shape == (3, other.n_pos, 6)
+    row = other.n_pos - 1
+
+    def put(z, hook):
+        z[:, row, 4] = this.cache["z", 1][:, row, 4]
+
+    one = metric(model.run_with_hooks(other, fwd_hooks=[("blocks.1.attn.hook_z", put)]))
+    assert float(effects[1, row, 4]) == pytest.approx(float(one), rel=1e-4)
+    assert abs(float(one - metric(model.run(other).logits))) > 1e-3

@@ -262,7 +262,7 @@ def test_ready_made_tensors_give_the_same_inputs(name):
 def test_sizes_default_to_what_the_tensors_say(name):
     family, config, processor = case(name)
     x = prepare(family, config, processor, noise(48, 48), "what ?")
-    split = {"internvl": [(2, 2)]} | dict.fromkeys(IDEFICS, [(3, 3)])
+    split = {"internvl": [(2, 2)]} | {key: [(3, 3)] for key in IDEFICS}
     made = from_tensors(family, config, x.tensors, tiles=split.get(name))
     expected = {
         "llava-next": (48, 48),  # told by image_sizes
@@ -278,6 +278,15 @@ def test_sizes_default_to_what_the_tensors_say(name):
     box = made.grid.select("finest").box
     assert box[0, :2].tolist() == [0, 0]
     assert box[-1, 2:].tolist() == list(made.grid.sizes[0])
+
+
+def test_without_the_originals_size_the_processors_crop_is_not_undone(monkeypatch):
+    family, config, processor = case("llava-clip-llama")
+    monkeypatch.setattr(processor.image_processor, "size", {"shortest_edge": 40})
+    x = prepare(family, config, processor, noise(90, 40), "what ?")
+    assert x.grid.box[[0, -1]].tolist() == [[29, 4, 37, 12], [53, 28, 61, 36]]
+    made = from_tensors(family, config, x.tensors, processor=processor)
+    assert made.grid.box[[0, -1]].tolist() == [[0, 0, 8, 8], [24, 24, 32, 32]]
 
 
 def test_squares_are_taken_for_pictures_only_where_that_is_certain():
@@ -309,6 +318,17 @@ def test_what_is_certain_is_filled_in_and_what_is_not_is_asked_for():
     made = from_tensors(family, config, {**left, "image_grid_thw": x.tensors["image_grid_thw"]})
     for name in ("attention_mask", "mm_token_type_ids"):
         assert torch.equal(made.tensors[name], x.tensors[name])
+    ids = left["input_ids"].clone()
+    ids[0, -1] = config.video_token_id
+    with pytest.raises(ValueError, match="else without mm_token_type_ids; given: input_ids"):
+        from_tensors(
+            family,
+            config,
+            {
+                "input_ids": ids,
+                **{k: x.tensors[k] for k in ("pixel_values", "image_grid_thw")},
+            },
+        )
     with pytest.raises(ValueError, match=r"Qwen2-VL model .*without image_grid_thw; given: input_"):
         from_tensors(family, config, left, sizes=SIZES[:2])
     for name in ("gemma3", "paligemma"):

@@ -258,7 +258,7 @@ def test_labels_take_the_majority_and_ignored_pixels_count_for_nothing():
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int64])
-@pytest.mark.parametrize("shape", [(20, 30), (7, 11), (50, 90)])
+@pytest.mark.parametrize("shape", [(20, 30), (7, 11), (20, 90)])
 def test_counts_are_those_of_a_loop_over_tokens(shape, dtype):
     rng = np.random.default_rng(0)
     mask = rng.integers(0, 151, (48, 64)).astype(dtype)
@@ -281,11 +281,20 @@ def test_class_numbers_may_reach_past_the_label_that_is_none():
         class_counts(np.array([[0, 0, 2, 2]]), mask * 0 - 1, 301)
 
 
-def test_pixel_belongs_to_the_token_that_holds_its_centre():
-    boxes = np.array([[0, 0, 1.6, 2], [1.6, 0, 3, 2]])
+@pytest.mark.parametrize(
+    ("edge", "first", "second"),
+    [(1.6, [0, 1, 0, 1], [2, 2]), (1.4, [0, 0], [1, 2, 1, 2]), (1.5, [0, 0], [1, 2, 1, 2])],
+)
+def test_pixel_belongs_to_the_token_that_holds_its_centre(edge, first, second):
+    boxes = np.array([[0, 0, edge, 2], [edge, 0, 3, 2]])
     grid = grid_of((1, 2), (3, 2), box=boxes)
     mask = np.array([[0, 1, 2], [0, 1, 2]])
-    assert [grid.pixels(t, mask).tolist() for t in (0, 1)] == [[0, 1, 0, 1], [2, 2]]
+    assert [grid.pixels(t, mask).tolist() for t in (0, 1)] == [first, second]
+    counts = [np.bincount(pixels, minlength=3).tolist() for pixels in (first, second)]
+    assert class_counts(boxes, mask, 3).tolist() == counts
+    assert grid.to_pixels(np.array([0, 1]))[0].tolist() == [0] * (len(first) // 2) + [1] * (
+        len(second) // 2
+    )
 
 
 def test_box_smaller_than_a_pixel_takes_the_pixel_around_it_and_one_outside_takes_none():

@@ -10,7 +10,7 @@ import transformers as hf
 from torch import nn
 
 from interp import MLLM
-from interp.weights import UnreadableWeight
+from interp.errors import UnreadableWeight
 from tests.zoo import TEXT, VISION, ZOO, build, llava, picture, randomise
 
 

@@ -144,7 +144,7 @@ def check(
 
 def main(arguments: Sequence[str] | None = None) -> Report:
     parser = argparse.ArgumentParser(description="What looking inside costs.")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0, help="of the order of the calls")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--dtype", default="float32")

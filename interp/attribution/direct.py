@@ -29,17 +29,13 @@ from einops import einsum
 from torch import Tensor
 
 from interp.attention import repeat_heads
-from interp.errors import InterpError
+from interp.errors import SumMismatch
 from interp.families.base import module_at
 from interp.inputs import Inputs
 from interp.model import MLLM
 from interp.probes import ProbeBank
 
 TOLERANCE = 1e-4
-
-
-class SumMismatch(InterpError, ArithmeticError):
-    """The parts do not add up to the margin: the decomposition does not hold on this model."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +120,9 @@ def direct_attribution(
     heads, mlps, biases = [], [], []
     for layer in layers:
         projection = module_at(model.module, model.family.block_path(layer, "o"))
-        along = einsum(model.head_weights(layer).cpu().double(), direction, "h d m, n m -> n h d")
+        along = einsum(
+            model.blocks[layer].attn.W_O.cpu().double(), direction, "h d m, n m -> n h d"
+        )
         pattern = run[f"blocks.{layer}.attn.hook_pattern"].cpu()[row, :, position].double()
         value = run[f"blocks.{layer}.attn.hook_v"].cpu().transpose(1, 2)  # [batch, kv_head, key, :]
         value = repeat_heads(value, model.cfg.n_heads).double()

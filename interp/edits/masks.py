@@ -168,10 +168,11 @@ class Effect:
 
     edit: MaskEdit
     changed: int  # mask entries (row, dst, src) that the edit flips in the heads it names
-    edges: Tensor  # [batch, query, key] bool: those entries
+    edges: Tensor  # [3, changed]: row, dst and src of those entries
     before: Tensor  # the mask as the edit found it
     after: Tensor  # the mask as it left it
     empty_rows: int  # queries that newly see no key, in some head
+    open_before: Tensor  # [edge] bool: which of the edit's edges were open in all its heads
 
 
 class MaskBook:
@@ -199,12 +200,15 @@ class MaskBook:
         for edit in edits:
             edit.check(n_layers, n_heads, attended)
         self.edits = edits
+        self.n_layers = n_layers
         self.n_heads = n_heads
         self.n_pos = attended.shape[1]
         self.strict = strict
         self.allow_empty_rows = allow_empty_rows
         # by the edits' numbers: a base mask of transformers' (Gemma3 has two), what became of it
         self._built: dict[tuple[int, ...], list[tuple[Tensor, Tensor, list[Effect]]]] = {}
+        # by the edit's number: which of its edges some layer had open, and whether any flipped
+        self._felt: dict[int, tuple[Tensor, bool]] = {}
         self._causal: Tensor | None = None
 
     def at(self, layer: int) -> tuple[int, ...]:
@@ -229,7 +233,10 @@ class MaskBook:
             `[batch, 1 or head, query, key]` bool, and one `Effect` an edit in `at(layer)`.
         """
         key = self.at(layer)
-        for known, mask, effects in self._built.setdefault(key, []):
+        built = self._built.pop(key, [])
+        if any(self.at(later) == key for later in range(layer + 1, self.n_layers)):
+            self._built[key] = built  # masks are large, and held no longer than they are of use
+        for known, mask, effects in built:
             if known is base or (known.shape == base.shape and torch.equal(known, base)):
                 return mask, effects
         mask, effects = base, []
@@ -237,48 +244,72 @@ class MaskBook:
             effect = self._apply(self.edits[number], mask)
             mask = effect.after
             effects.append(effect)
-        self._built[key].append((base, mask, effects))
+            open_before, flipped = self._felt.get(number, (effect.open_before, False))
+            felt = (open_before | effect.open_before, flipped or effect.changed > 0)
+            self._felt[number] = felt
+        built.append((base, mask, effects))
         return mask, effects
 
     def _apply(self, edit: MaskEdit, mask: Tensor) -> Effect:
-        edges = edit.edges
-        at = edges.to_mask(mask.device)  # [batch, query, key]
+        edges, n_pos = edit.edges, self.n_pos
         heads = self.n_heads if edit.heads is not None and mask.shape[1] == 1 else mask.shape[1]
-        after = mask.expand(edges.n_batch, heads, -1, -1).clone()
-        chosen = list(range(heads)) if edit.heads is None else list(edit.heads)  # type: ignore[arg-type]
-        open_now = after[:, chosen] & at[:, None]
-        if not edit.opens:
-            closed = at & ~open_now.all(1)
-            if closed.any():
-                row, dst, src = (int(i) for i in closed.nonzero()[0])
+        chosen = torch.tensor(range(heads) if edit.heads is None else edit.heads)
+        chosen = chosen.to(mask.device)
+        full = mask.expand(edges.n_batch, heads, -1, -1)
+        after = full.clone()
+        # numbers of the edges' entries in the flat mask, [edge, chosen head]: few beside the mask
+        row, dst, src = torch.from_numpy(edges.table.astype(np.int64)).to(mask.device).unbind(1)
+        entry = (row[:, None] * heads + chosen) * n_pos**2 + (dst * n_pos + src)[:, None]
+        flat = after.view(-1)
+        open_now = flat[entry]
+        flat[entry] = edit.opens
+        flips = (open_now != edit.opens).any(1)
+        # only an edited query can have lost its last key
+        at_row, at_dst = (
+            torch.from_numpy(i).to(mask.device)[:, None] for i in divmod(edges.queries[0], n_pos)
+        )
+        had_key, has_key = (m[at_row, chosen, at_dst].any(-1) for m in (full, after))
+        empty = (had_key & ~has_key).any(1)
+        if empty.any() and not self.allow_empty_rows:
+            first = int(empty.nonzero()[0])
+            raise EmptyRow(
+                f"{edit!r} leaves {int(empty.sum())} queries with no key to attend to, the first "
+                f"is position {int(at_dst[first])} of row {int(at_row[first])}; keep an edge (say, "
+                "to itself), or pass allow_empty_rows=True, and their attention output is zero"
+            )
+        flipped = torch.stack([row, dst, src])[:, flips]
+        return Effect(
+            edit, int(flips.sum()), flipped, mask, after, int(empty.sum()), open_now.all(1)
+        )
+
+    def require_effects(self) -> None:
+        """Raise for an edit that no layer of the run has felt, or felt only in part.
+
+        Layers may differ in what they see (Gemma3's sliding windows), so this is known at the end.
+
+        Raises:
+            EdgeError: edges to cut that were closed already in every layer.
+            EditHadNoEffect: an edit that changed nothing anywhere, unless `strict` is off.
+        """
+        for number, edit in enumerate(self.edits):
+            if number not in self._felt:
+                continue  # the run ended before its first layer
+            open_somewhere, flipped = self._felt[number]
+            if not edit.opens and not open_somewhere.all():
+                closed = edit.edges.table[~open_somewhere.cpu().numpy()]
+                row, dst, src = closed[0]
                 why = (
                     "src comes after dst, and edges.causal() drops such edges"
                     if src > dst
-                    else "an earlier edit of this run, or the layer's own mask, closes it in some "
+                    else "an earlier edit of this run, or the layers' own mask, closes it in some "
                     "head"
                 )
                 raise EdgeError(
-                    f"{edit!r}: {int(closed.sum())} of these edges are closed already, so cutting "
-                    f"them would change nothing; the first is src={src} -> dst={dst} in row {row}: "
-                    f"{why}"
+                    f"{edit!r}: {len(closed)} of these edges are closed already, so cutting them "
+                    f"would change nothing; the first is src={src} -> dst={dst} in row {row}: {why}"
                 )
-        if edit.opens:
-            after[:, chosen] |= at[:, None]
-        else:
-            after[:, chosen] &= ~at[:, None]
-        flipped = (after != mask).any(1)
-        if self.strict and not flipped.any():
-            why = "every edge was open already" if len(edges) else "it holds no edges"
-            raise EditHadNoEffect(
-                f"{edit!r} changes nothing: {why}; pass strict=False to let that pass"
-            )
-        had_key = mask.any(-1).expand(edges.n_batch, heads, -1)
-        empty = (had_key & ~after.any(-1)).any(1)
-        if empty.any() and not self.allow_empty_rows:
-            row, dst = (int(i) for i in empty.nonzero()[0])
-            raise EmptyRow(
-                f"{edit!r} leaves {int(empty.sum())} queries with no key to attend to, the first "
-                f"is position {dst} of row {row}; keep an edge (say, to itself), or pass "
-                "allow_empty_rows=True, and their attention output is zero"
-            )
-        return Effect(edit, int(flipped.sum()), flipped, mask, after, int(empty.sum()))
+            if self.strict and not flipped:
+                why = "every edge was open already" if len(edit.edges) else "it holds no edges"
+                raise EditHadNoEffect(
+                    f"{edit!r} changes nothing: {why}; pass strict=False to let that pass"
+                )

@@ -13,7 +13,6 @@ opened ones). It is between 0 and 1.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -79,25 +78,25 @@ def attention_mass(
         scaling: factor on the scores.
         softcap: bound of the scores (Gemma 2), if any.
         mask: `[batch or 1, 1 or head, query, key]` bool, under which the mass is taken.
-        edges: `[batch, query, key]` bool.
+        edges: `[3, n_edges]`, row, dst and src.
         heads: the edited heads, None for all.
     """
-    row, dst = edges.any(-1).nonzero(as_tuple=True)
-    if not len(row):
-        return 0.0
     # grouped by row of the batch, so that the keys are never gathered once a query
     total, count = 0.0, 0
     key = repeat_heads(key.transpose(1, 2), query.shape[2])  # [batch, head, key, d_head]
-    chosen = slice(None) if heads is None else list(heads)
+    chosen = torch.arange(query.shape[2]) if heads is None else torch.tensor(heads)
+    chosen = chosen.to(query.device)
     mask = mask.expand(query.shape[0], query.shape[2], -1, -1)
-    for b in row.unique().tolist():
-        at = dst[row == b]
+    for b in edges[0].unique().tolist():
+        _, dst, src = edges[:, edges[0] == b]
+        at, number = dst.unique(return_inverse=True)
+        on_edges = torch.zeros(len(at), mask.shape[-1], dtype=torch.bool, device=query.device)
+        on_edges[number, src] = True
         q = query[b, at].transpose(0, 1)[chosen]  # [head, n, d_head]
-        scores: Any = q @ key[b, chosen].transpose(-1, -2) * scaling
+        scores = q @ key[b, chosen].transpose(-1, -2) * scaling
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
-        scores = scores.masked_fill(~mask[b, chosen][:, at], -torch.inf)
-        on_edges = softmax(scores) * edges[b, at]
-        total += float(on_edges.sum())
-        count += on_edges.shape[0] * on_edges.shape[1]
-    return total / count
+        scores = scores.masked_fill(~mask[b, chosen[:, None], at], -torch.inf)
+        total += float((softmax(scores) * on_edges).sum())
+        count += len(chosen) * len(at)
+    return total / count if count else 0.0

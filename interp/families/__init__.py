@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from interp.errors import NotMultimodal
 from interp.families.base import Block, Family, Place, Tower
 from interp.families.gemma import GEMMA3, PALIGEMMA
@@ -17,6 +15,7 @@ from interp.families.idefics import IDEFICS3
 from interp.families.internvl import INTERNVL
 from interp.families.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
 from interp.families.qwen import QWEN2_5_VL, QWEN2_VL, QWEN3_VL
+from interp.families.tree import describe
 
 FAMILIES: tuple[Family, ...] = (
     LLAVA,
@@ -38,8 +37,8 @@ def family_of(model: Any) -> Family:
     """The table for a model: a transformers module, or its configuration.
 
     Raises:
-        NotMultimodal: it has no vision tower, or its family has no table yet; for a module, the
-            message shows the top of its tree.
+        NotMultimodal: it has no vision tower, or its family has no table yet; the message then
+            shows what its tree looks like, and how to add a table.
     """
     config = getattr(model, "config", model)
     model_type = getattr(config, "model_type", None)
@@ -54,12 +53,5 @@ def family_of(model: Any) -> Family:
         )
     raise NotMultimodal(
         f"no family table for model_type {model_type!r} ({type(model).__name__}); there are "
-        f"tables for: {known}. A table is one file in interp/families and one entry in FAMILIES."
-        f"{_tree(model) if isinstance(model, nn.Module) else ''}"
+        f"tables for: {known}.\n{describe(model)}"
     )
-
-
-def _tree(module: nn.Module) -> str:
-    top = [(name, m) for name, m in module.named_modules() if name and name.count(".") <= 1]
-    lines = [f"  {name}: {type(child).__name__}" for name, child in top]
-    return "\n".join([" The model's tree begins", *lines])

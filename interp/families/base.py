@@ -15,11 +15,11 @@ carries (scores, pattern, mask, the norm's scale, a head's result) is carried by
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from interp.errors import NotMultimodal
 
@@ -217,7 +217,7 @@ class Family:
         language, vision: the two towers.
         adapter: path of the module between them.
         layout: how the image tokens of each picture lie (`interp.families.layouts`), from
-            (config, processor, tensors, sizes).
+            (config, processor, tensors, sizes, tiles).
         unembed: path of the language model's head.
         merges_in_adapter: whether the adapter takes patches and merges several into one token;
             otherwise its input has a vector a token already.
@@ -234,7 +234,7 @@ class Family:
     language: Tower
     vision: Tower
     adapter: str
-    layout: Callable[[Any, Any, Mapping[str, Tensor], Sequence[tuple[int, int]]], list[Layout]]
+    layout: Callable[..., list[Layout]]
     unembed: str = "lm_head"
     merges_in_adapter: bool = False
     adapter_reads: Callable[[Any], tuple[int, ...]] = last_state
@@ -317,3 +317,14 @@ class Family:
 def module_at(root: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path; numbers index lists."""
     return root.get_submodule(path)
+
+
+def weight_of(module: nn.Module, name: str = "weight") -> Any:
+    """A parameter of a module; fetched for the moment where a `device_map` offloaded it."""
+    value = getattr(module, name)
+    if value is not None and value.is_meta:
+        from accelerate.utils import align_module_device
+
+        with align_module_device(module):
+            value = getattr(module, name).detach()
+    return value

@@ -5,10 +5,10 @@ image tokens lie (`interp.layout`):
 
     layout(config, processor, tensors, sizes, tiles=None) -> [Layout, ...]
 
-`sizes` are the (width, height) of the original pictures in order of appearance; None stands for what
-the tensors say of them, or else the pixels that the model is given. `tiles`, the (rows, columns) of
-each picture's tiles, replaces what the processor would tell; without both, a family whose tensors
-do not say it raises. The functions:
+`sizes` are the (width, height) of the original pictures in order of appearance; None stands for
+what the tensors say of them, or else the pixels that the model is given. `tiles`, the (rows,
+columns) of each picture's tiles, replaces what the processor would tell; without both, a family
+whose tensors do not say it raises. The functions:
 
 * `square`: one square grid a picture (LLaVA, PaliGemma);
 * `crops`: the whole picture, then pan-and-scan crops, patches pooled (Gemma3);
@@ -32,6 +32,7 @@ import numpy as np
 from torch import Tensor
 
 from interp.families.geometry import Geometry, X, Y, image_settings
+from interp.families.layouts_cuts import pan_and_scan
 from interp.families.layouts_parts import (
     Sizes,
     Tiles,
@@ -63,9 +64,11 @@ def square(
 ) -> list[Layout]:
     """One grid a picture, a patch a token: LLaVA and PaliGemma."""
     target = model_pixels(tensors)
-    sizes = sizes or [target] * len(tensors["pixel_values"])
+    # without the original's size there is nothing in front of the model's pixels to be undone
+    settings = image_settings(processor) if sizes is not None else None
+    if sizes is None:
+        sizes = [target] * len(tensors["pixel_values"])
     rows_of_batch(tensors, len(sizes), "one picture each")
-    settings = image_settings(processor)
     prefix, fed = prefix_tokens(config)
     out = []
     for row, size in enumerate(sizes):
@@ -97,7 +100,7 @@ def crops(
         tiles,
         n_rows=n_rows,
         tile=target,
-        rule=None if settings is None else partial(_pan_and_scan, settings),
+        rule=None if settings is None else partial(pan_and_scan, settings),
         uncut=alone or (settings is not None and not settings.do_pan_and_scan),
     )
     rows_of_batch(tensors, sum(1 + several(t) for t in tiles), "one a picture and a crop")
@@ -143,7 +146,8 @@ def packed(
     vision = config.vision_config
     patch, merge = vision.patch_size, vision.spatial_merge_size
     grids = tensors["image_grid_thw"].tolist()
-    sizes = sizes or [(cols * patch, rows * patch) for _, rows, cols in grids]
+    if sizes is None:
+        sizes = [(cols * patch, rows * patch) for _, rows, cols in grids]
     if len(grids) != len(sizes):
         raise ValueError(f"image_grid_thw is of {len(grids)} pictures, not of {len(sizes)}")
     order = window_order(vision, tensors["image_grid_thw"])
@@ -195,17 +199,3 @@ def _crop(edges: np.ndarray, size: int, start: int, length: int) -> np.ndarray:
     """Patches of the whole picture, moved and shrunk into a part of it."""
     end = min(start + length, size)
     return start + edges * (end - start) / size
-
-
-def _pan_and_scan(settings: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of a picture's crops, by Gemma3ImageProcessor's rules; (0, 0) for none."""
-    if not settings.do_pan_and_scan:
-        return 0, 0
-    long, short = max(size), min(size)
-    if long / short < settings.pan_and_scan_min_ratio_to_activate:
-        return 0, 0
-    n = min(long // settings.pan_and_scan_min_crop_size, math.floor(long / short + 0.5))
-    n = min(max(2, n), settings.pan_and_scan_max_num_crops)
-    if min(math.ceil(long / n), short) < settings.pan_and_scan_min_crop_size:
-        return 0, 0
-    return (1, n) if size[X] >= size[Y] else (n, 1)

@@ -202,7 +202,7 @@ def how_cut(
         return sizes, [rule(size) for size in sizes]
     n_pictures = None if sizes is None else len(sizes)
     if n_pictures == n_rows or (sizes is None and uncut):
-        return sizes or [tile] * n_rows, [(0, 0)] * n_rows
+        return [tile] * n_rows if sizes is None else sizes, [(0, 0)] * n_rows
     raise ValueError(
         f"{n_rows} squares of pixels for {n_pictures or 'an unknown number of'} picture(s): the "
         "tensors alone do not say which squares are one picture, and how they lie in it. Give "

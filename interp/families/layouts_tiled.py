@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from interp.families.geometry import Geometry, X, Y, image_settings
+from interp.families.layouts_cuts import closest_canvas, split
 from interp.families.layouts_parts import (
     Sizes,
     Tiles,
@@ -103,7 +104,7 @@ def tiled_thumbnail(
         tiles,
         n_rows=n_rows,
         tile=tile,
-        rule=None if settings is None else partial(_closest_canvas, settings, tile),
+        rule=None if settings is None else partial(closest_canvas, settings, tile),
         uncut=sum(runs(tensors, config)) == n_rows,  # a picture is one run, however it is cut
     )
     rows_of_batch(tensors, sum(1 + several(t) for t in tiles), "tiles and thumbnails")
@@ -131,7 +132,7 @@ def tiled_global(
         tiles,
         n_rows=n_rows,
         tile=tile,
-        rule=None if settings is None else partial(_split, settings),
+        rule=None if settings is None else partial(split, settings),
         uncut=runs(tensors, config) == [1] * n_rows,  # each tile is a run
     )
     n = sum(1 + several(t) for t in tiles)
@@ -255,59 +256,3 @@ def _regrid(edges: np.ndarray, n: int) -> np.ndarray:
     start = edges[first, 0] + (at[:-1] - first) * length[first]
     end = edges[last, 0] + (at[1:] - last) * length[last]
     return np.stack([start, end], axis=1)
-
-
-# -- how a picture is cut --------------------------------------------------------------------------
-
-
-def _closest_canvas(settings: Any, tile: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of InternVL's tiles; (1, 1) where the picture is not cut."""
-    if not settings.crop_to_patches or settings.max_patches <= 1:
-        return 1, 1
-    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import get_optimal_tiled_canvas
-
-    cols, rows = get_optimal_tiled_canvas(
-        (size[Y], size[X]), (tile[Y], tile[X]), settings.min_patches, settings.max_patches
-    )
-    return rows, cols
-
-
-def _split(settings: Any, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of Idefics3's tiles, by its processor's rules; (0, 0) if not cut."""
-    if not settings.do_image_splitting:
-        return 0, 0
-    width, height = size
-    if settings.do_resize:
-        longest = dict(settings.size).get("longest_edge")
-        if longest is None:
-            raise NotImplementedError(
-                f"{settings.kind} resizes by {dict(settings.size)}; only longest_edge is known"
-            )
-        width, height = _longest(width, height, longest)
-    tile = settings.max_image_size["longest_edge"]
-    ratio = width / height
-    if width >= height:
-        width = math.ceil(width / tile) * tile
-        height = math.ceil(int(width / ratio) / tile) * tile
-    else:
-        height = math.ceil(height / tile) * tile
-        width = math.ceil(int(height * ratio) / tile) * tile
-    rows, cols = height // tile, width // tile
-    return (rows, cols) if rows * cols > 1 else (0, 0)
-
-
-def _longest(width: int, height: int, longest: int) -> tuple[int, int]:
-    """A size whose longer edge is `longest`, and the other one even."""
-    limit = 4096  # the largest that Idefics3's processor makes
-    ratio = width / height
-    if width >= height:
-        width, height = longest, int(longest / ratio)
-        height += height % 2
-        if width > limit:
-            width, height = limit, int(limit / (width / height))
-    else:
-        width, height = int(longest * ratio), longest
-        width += width % 2
-        if height > limit:
-            width, height = int(limit * (width / height)), limit
-    return max(width, 1), max(height, 1)

@@ -90,7 +90,7 @@ def anchor_edges(base: Baseline) -> tuple[np.ndarray, np.ndarray]:
     pairs = conflicting_pairs(base)
     safe = np.where(test.labelled, test.labels, 0)
     queries = base.wrong(base.reference) & pairs[safe, said]
-    anchors = queries[:, :, None] & right[:, None, :] & test.same_region & test.earlier
+    anchors = queries[:, :, None] & right[:, None, :] & test.same_region & test.visible
     queries &= anchors.any(2)
     return queries, anchors
 
@@ -101,7 +101,7 @@ def conditions(
     """The clean run, the anchors' cut and all controls, in the order of the report."""
     test = base.test
     right, wrong = base.right(base.reference), base.wrong(base.reference)
-    visible = queries[:, :, None] & test.earlier & ~anchors
+    visible = queries[:, :, None] & test.visible & ~anchors
     pairs = conflicting_pairs(base)
     safe = np.where(test.labelled, test.labels, 0)
     related = pairs[safe[:, :, None], safe[:, None, :]] | (safe[:, :, None] == safe[:, None, :])

@@ -207,7 +207,7 @@ def _probe_free(
     test = base.test
     assert test.marks is not None
     marked, unmarked = test.marks[:, None, :], ~test.marks[:, None, :]
-    reach = test.same_region & test.earlier & ~test.marks[:, :, None]
+    reach = test.same_region & test.visible & ~test.marks[:, :, None]
     from_marked, from_unmarked = reach & marked, reach & unmarked
     enough = (from_marked.sum(2) > 0) & (from_unmarked.sum(2) >= from_marked.sum(2))
     queries = enough & (test.purity == 1) & test.labelled

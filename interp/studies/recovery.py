@@ -95,7 +95,7 @@ class Baseline:
             if changes:
                 run = self.test.model.run(x, *changes, read=stages, logits=False, mass=False)
                 for stage in stages:
-                    state = run.tokens(stage).float().cpu()
+                    state = run.per_token(stage).float().cpu()
                     said[stage][at] = self.bank.predict(stage, state).numpy()
             if on_batch:
                 on_batch(len(x))

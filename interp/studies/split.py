@@ -1,6 +1,8 @@
 """A dataset split made ready for studies: prepared batches, token labels, regions.
 
 Everything a study says is about image tokens in grid order, so its arrays are `[n_images, tokens]`.
+Where a family looks at a picture twice, as a whole and in tiles, the tokens are those of the finest
+look; where its adapter merges patches, a stage before it has the mean of each token's patches.
 `Split.read` runs the model over the batches and collects states, with edits that may differ from
 image to image; nothing else in the studies opens a model.
 """
@@ -72,7 +74,7 @@ class Split:
         batches, labels, purity = [], [], []
         for start in range(0, n, batch_size):
             part = samples[start : start + batch_size]
-            x = model.prepare([sample.image for sample in part], question)
+            x = model.prepare([sample.image for sample in part], question).select("finest")
             if not x.grid.uniform:
                 raise ValueError("a study needs images that share one token grid")
             masks = [sample.mask for sample in part]
@@ -134,10 +136,22 @@ class Split:
         return same & ~np.eye(self.n_tokens, dtype=bool)
 
     @cached_property
-    def earlier(self) -> np.ndarray:
-        """`[n_images, dst, src]` bool: src is visible to dst under a causal mask, itself not."""
-        lower = np.tril(np.ones((self.n_tokens, self.n_tokens), dtype=bool), -1)
-        return np.broadcast_to(lower, (len(self), *lower.shape))
+    def visible(self) -> np.ndarray:
+        """`[n_images, dst, src]` bool: every layer lets dst see src, itself not counted.
+
+        In most families these are the tokens that come before it in the prompt; a sliding window
+        makes them fewer, a picture seen both ways all.
+        """
+        x = self.batches[0]
+        hooks = "blocks.*.attn.hook_mask"
+        masks = self.model.run(x, read=hooks, logits=False).states.values()
+        at = x.grid.of_image(0)
+        row, position = int(x.grid.row[at[0]]), x.grid.position[at]
+        seen = np.ones((len(at), len(at)), dtype=bool)
+        for mask in masks:
+            seen &= mask[row].all(0).cpu().numpy()[np.ix_(position, position)]
+        seen &= ~np.eye(len(at), dtype=bool)
+        return np.broadcast_to(seen, (len(self), *seen.shape))
 
     def slices(self) -> Iterator[tuple[Inputs, slice]]:
         """The batches, each with the images it holds."""
@@ -181,7 +195,7 @@ class Split:
             changes = edits(number) if edits else ()
             run = model.run(x, *changes, read=stages, logits=False, mass=False)
             for stage in stages:
-                parts[stage].append(run.tokens(stage).float().cpu())
+                parts[stage].append(run.per_token(stage).float().cpu())
             if on_batch:
                 on_batch(len(x))
         return {stage: torch.cat(found) for stage, found in parts.items()}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from interp.attribution import direct
-from interp.attribution.direct import SumMismatch, direct_attribution
+from interp.attribution.direct import direct_attribution
+from interp.errors import SumMismatch
 from interp.probes import ProbeBank
 
 END = "blocks.3.hook_resid_post"

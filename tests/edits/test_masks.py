@@ -25,7 +25,9 @@ def book(*edits, **options) -> MaskBook:
 def apply(*edits, base=None, layer=0, **options):
     """(mask, effects) of one layer of a 6-position causal model."""
     made = book(*edits, **options)
-    return made.mask(made.causal(torch.device("cpu")) if base is None else base, layer)
+    result = made.mask(made.causal(torch.device("cpu")) if base is None else base, layer)
+    made.require_effects()
+    return result
 
 
 # -- values ----------------------------------------------------------------------------------------

@@ -24,9 +24,11 @@ import transformers
 from PIL import Image
 from transformers.utils import is_torchvision_available
 
-from interp.families import family_of, layouts_parts
+from interp.families import family_of, layouts_cuts, layouts_parts
+from interp.families.geometry import image_settings
 from interp.inputs import prepare
 from tests import zoo
+from tests.record import proved
 from tests.zoo import VISION, ZOO, build, randomise
 
 OFF = ("self_attn.out_proj", "attn.proj", "attention.projection_layer")
@@ -63,7 +65,7 @@ class Stop(Exception):
 
 
 def states(module, family, tensors):
-    """What leaves the tower's last block and the adapter, and what enters the language model."""
+    """What leaves the tower's embedding, its last block and the adapter, and enters the LLM."""
     caught = {}
 
     def catch(name):
@@ -79,6 +81,7 @@ def states(module, family, tensors):
 
     language = family.language.blocks.removesuffix(".layers")
     handles = [
+        module.get_submodule(family.vision.embed).register_forward_hook(catch("embed")),
         module.get_submodule(f"{family.vision.blocks}.2").register_forward_hook(catch("vision")),
         module.get_submodule(family.adapter).register_forward_hook(catch("adapter")),
         module.get_submodule(language).register_forward_pre_hook(enter, with_kwargs=True),
@@ -183,7 +186,7 @@ def measure(model, pictures, side="right", **settings):
     tensors["pixel_values"] = pixels
     caught = states(module, family, tensors)
     grids = {"llm": x.grid, "adapter": x.adapter, "vision": x.patches}
-    found = {stage: owners(caught[stage], pixels) for stage in grids}
+    found = {stage: owners(caught[stage], pixels) for stage in caught}
     return SimpleNamespace(
         x=x, grids=grids, owner=found, origin=origin, caught=caught, module=module, family=family,
         processor=processor, pixels=pixels,
@@ -232,6 +235,14 @@ def test_every_token_is_the_piece_of_the_picture_that_its_box_says(name, batch):
     for stage in m.grids:
         assert errors(m, stage) == [], stage
         assert m.caught[stage].shape[:2] == (m.grids[stage].n_batch, m.grids[stage].n_pos)
+    # patches keep their places from the embedding on, but for the tower that reorders them
+    # (in pictures that are wider than a window)
+    if not m.family.vision.reordered:
+        assert errors(m, "embed", m.x.patches) == []
+    elif batch == "landscape":
+        assert errors(m, "embed", m.x.patches)
+    if batch == list(BATCHES)[-1]:
+        proved(name, "token to pixel")
 
 
 @pytest.mark.skipif(not is_torchvision_available(), reason="torchvision is not installed")
@@ -342,6 +353,57 @@ def test_every_setting_of_the_processor_is_undone(setting):
     if setting in ("one tile", "not split", "small enough for one tile"):
         assert names == ("base",) * 3
     assert (setting == "CLS is fed on") == (len(m.x.grid.fillers) == 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "n"), [((200, 40), 4), ((58, 200), 3), ((60, 46), 2), ((48, 41), 0), ((38, 30), 0)]
+)
+def test_pan_and_scan_takes_as_many_crops_as_the_processor(size, n):
+    m = measure("gemma3", [[size]], **SCAN)
+    assert len(m.caught["adapter"]) == 1 + n
+    assert len(m.x.grid) == 4 * (1 + n)
+    assert not errors(m, "llm")
+
+
+SOME_SIZES = np.random.default_rng(0).integers(20, 200, (150, 2)).tolist()
+
+
+@pytest.mark.parametrize("longest", [50, 64, 70, 96, 150])
+def test_idefics_pictures_are_split_as_the_processor_splits_them(longest):
+    _, processor, _ = blind("idefics3")
+    images = processor.image_processor
+    settings = image_settings(processor)
+    settings.size = {"longest_edge": longest}
+    for width, height in SOME_SIZES:
+        made = images(
+            Image.new("RGB", (width, height), "white"),
+            size={"longest_edge": longest},
+            return_row_col_info=True,
+        )
+        expected = made["rows"][0][0], made["cols"][0][0]
+        assert layouts_cuts.split(settings, (width, height)) == expected, (width, height)
+
+
+@pytest.mark.parametrize("size", [{"height": 64, "width": 64}, {"longest_edge": 5000}])
+def test_way_of_resizing_that_is_not_known_is_refused(size):
+    _, processor, _ = blind("idefics3")
+    settings = image_settings(processor)
+    settings.size = size
+    with pytest.raises(
+        NotImplementedError, match=r"Idefics3\w+ resizes by .*longest_edge of up to"
+    ):
+        layouts_cuts.split(settings, (40, 30))
+
+
+def test_internvl_pictures_are_cut_into_as_many_tiles_as_the_processor_makes():
+    _, processor, _ = blind("internvl")
+    settings = image_settings(processor)
+    for width, height in SOME_SIZES:
+        made = processor.image_processor(
+            Image.new("RGB", (width, height)), crop_to_patches=True, return_tensors="np"
+        )
+        rows, cols = layouts_cuts.closest_canvas(settings, (32, 32), (width, height))
+        assert len(made["pixel_values"]) == rows * cols + (rows * cols > 1)
 
 
 def test_resampled_tokens_are_where_their_boxes_are():

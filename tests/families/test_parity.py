@@ -41,9 +41,8 @@ def test_clean_run_is_the_stock_models(case, kernel):
     name, model, plain, x = case
     ours = model.run(x).logits
     if kernel == "sdpa" and name in NO_SDPA:
-        with pytest.raises(ValueError, match="does not support .*scaled_dot_product"):
+        with pytest.raises(ValueError, match=r"does not support .*scaled_dot_product"):
             plain.set_attn_implementation("sdpa")
-            plain_logits(plain, x)
         proved(name, kernel, "refused")
         return
     plain.set_attn_implementation(kernel)
@@ -144,7 +143,7 @@ def watch_eager(plain, tower, prefix, seen):
 
 
 def test_mask_is_the_one_the_layer_truly_uses(case):
-    """Causal, sliding, with image blocks open both ways, and padding: as plain eager is given it."""
+    """Causal, sliding, image blocks open both ways, padding: as plain eager is given it."""
     family, model, plain, x = case
     plain.set_attn_implementation("eager")
     given: list[torch.Tensor] = []

@@ -63,7 +63,7 @@ def test_controls_never_hold_an_anchors_edge_nor_more_edges(base, conditions):
 
 
 def test_per_query_counts_edges(base):
-    counted = base.test.per_query(base.test.edges(base.test.earlier))
+    counted = base.test.per_query(base.test.edges(base.test.visible))
     assert np.array_equal(counted, np.tile(np.arange(100), (len(base.test), 1)))
 
 
