@@ -10,6 +10,9 @@ hooks. Because the weights are shared, changing a parameter in place changes bot
     tensors = dict(model.to_device(x))
     logits, cache = bridge.run_with_cache(tensors.pop("input_ids"), **tensors)
 
+It is not made by `boot_transformers`, which runs `pip install torchvision` where that is missing,
+and with it changes torch.
+
 What to know of it (transformer-lens 4.3; tests/test_bridge.py holds every line of this):
 
 * its vision tower goes by `vision_encoder.*`, its adapter by `vision_projector.*`;
@@ -23,11 +26,14 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.architecture_adapter import ArchitectureAdapter
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from transformers import AutoTokenizer
 
@@ -51,7 +57,10 @@ def bridge(model: Instrumented) -> TransformerBridge:
         model.tokenizer.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         try:
-            made = build_bridge_from_module(twin, kind, hf_config=twin.config, tokenizer=tokenizer)
+            with _no_libraries_asked_for():
+                made = build_bridge_from_module(
+                    twin, kind, hf_config=twin.config, tokenizer=tokenizer
+                )
         except ValueError as error:
             if "Unsupported architecture" not in str(error):
                 raise
@@ -61,6 +70,18 @@ def bridge(model: Instrumented) -> TransformerBridge:
             ) from error
     made.processor = model.processor
     return made
+
+
+@contextmanager
+def _no_libraries_asked_for() -> Iterator[None]:
+    """TransformerLens's Qwen-VL adapters refuse to be made without torchvision, which they need for
+    loading a processor. Here there is one, and what it gives are tensors."""
+    asked = ArchitectureAdapter._check_required_libraries
+    ArchitectureAdapter._check_required_libraries = lambda self: None
+    try:
+        yield
+    finally:
+        ArchitectureAdapter._check_required_libraries = asked
 
 
 def _twin(module: nn.Module) -> nn.Module:

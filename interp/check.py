@@ -36,6 +36,9 @@ TOLERANCE = {
     torch.bfloat16: 1e-1,
 }
 
+#: what counts as a move of the logits: more than rounding, which moves them too
+LEAST_MOVE = 1e-5
+
 Verdict = Literal["pass", "FAIL", "unchecked"]
 #: what is said where a run broke off
 STOPPED = "its hooks can be reached in their order"
@@ -187,7 +190,7 @@ class Ledger:
             self.rows.setdefault((part, claim), Row(part, claim, "unchecked", where=where))
             return
         bound = self.tolerance if bound is None else bound
-        bound = 0.0 if must_move else bound
+        bound = LEAST_MOVE if must_move else bound
         good = error > bound if must_move else error <= bound
         old = self.rows.get((part, claim))
         if (

@@ -147,15 +147,17 @@ def _sample(model: MLLM, vision: bool) -> list[str]:
 
 
 def _disturb(value: Tensor, hook: Any) -> Tensor:
-    """An edit that no norm undoes: a factor that differs along the last axis.
+    """An edit that no norm undoes: a factor that differs along the last axis (of a norm's scale,
+    which has but one number a token, from token to token).
 
     Of a mask, the first open key of each query that has another one is closed.
     """
     if value.dtype == torch.bool:
         first = value & (value.cumsum(-1) == 1) & (value.sum(-1, keepdim=True) > 1)
         return value & ~first
-    wave = 1 + 0.5 * torch.sin(1 + torch.arange(value.shape[-1], device=value.device))
-    return value * wave.to(value.dtype)
+    axis = -1 if value.shape[-1] > 1 else -2
+    wave = 1 + 0.5 * torch.sin(1 + torch.arange(value.shape[axis], device=value.device))
+    return value * (wave if axis == -1 else wave[:, None]).to(value.dtype)
 
 
 def _change(logits: Tensor, clean: Tensor) -> float:

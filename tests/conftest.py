@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PIP_NO_INDEX"] = "1"  # TransformerLens installs torchvision by itself, if it may
 
 import numpy as np
 import pytest

@@ -36,7 +36,7 @@ import transformers as hf
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformer_lens.model_bridge import TransformerBridge
+from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from interp import MLLM
 from interp.edges import EdgeSet
@@ -266,14 +266,16 @@ def _llava(size: Size) -> tuple[Any, Any]:
 
 
 def _bridge(module: Any, processor: Any) -> Any:
-    """A TransformerBridge; it wants its config and tokenizer from a folder."""
+    """A TransformerBridge; it wants its tokenizer from a folder.
+
+    Not by `boot_transformers`: where torchvision is missing, that installs it, with another torch.
+    """
+    module.set_attn_implementation("eager")  # which is what bridges attend by
     with tempfile.TemporaryDirectory() as folder:
-        module.config.save_pretrained(folder)
         processor.tokenizer.save_pretrained(folder)
-        return TransformerBridge.boot_transformers(
-            folder,
-            hf_model=module,
+        return build_bridge_from_module(
+            module,
+            type(module).__name__,
+            hf_config=module.config,
             tokenizer=hf.AutoTokenizer.from_pretrained(folder),
-            device=str(module.device),
-            dtype=module.dtype,
         )
