@@ -21,14 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.cache import StreamCache
 from interp.edits.masks import MaskEdit
 from interp.errors import EditHadNoEffect, HeadError, UnknownHook
 from interp.execution import HookFunction, Run, execute
 from interp.hooks import Pattern
 from interp.inputs import Inputs, Picture, from_tensors, prepare
 from interp.instrumented import Instrumented
-from interp.lens import LensView
+from interp.lens.cache import StreamCache
+from interp.lens.view import LensView
 from interp.loading import load
 
 
@@ -262,12 +262,12 @@ class MLLM(Instrumented):
     def bridge(self) -> Any:
         """The same weights, not copied, as a TransformerLens `TransformerBridge`.
 
-        `interp.bridge` says what is right and what is wrong on it.
+        `interp.lens.bridge` says what is right and what is wrong on it.
 
         Raises:
             NoBridge: TransformerLens does not know the family, or the weights cannot be shared.
         """
-        from interp.bridge import bridge  # TransformerLens's bridges take seconds to import
+        from interp.lens.bridge import bridge  # TransformerLens's bridges take seconds to import
 
         return bridge(self)
 

@@ -16,7 +16,7 @@ are what the field's formulas speak of, so that `x @ W_Q[layer, head] + b_Q[laye
 What to know before trusting a formula:
 
 * *nothing is folded*: norms keep their weights, so a direction read off `W_U` must pass the final
-  norm's weight first (`interp.cache` does it). TransformerLens folds in its compatibility mode;
+  norm's weight first (`interp.lens.cache` does it). TransformerLens folds in a mode of its own;
 * with grouped queries, `W_K` and `W_V` have one matrix a *key-value* head, as `hook_k` and
   `TransformerBridge` have; `QK` and `OV` repeat them;
 * where an MLP is gated, `W_gate` makes `mlp.hook_pre` and `W_in` the other factor;

@@ -26,8 +26,8 @@ CHECKS = {
     "path": "families/test_tables.py",
     "token to pixel": "families/test_layouts.py",
     "mask edits": "families/test_edits.py",
-    "self-check": "test_check.py",
-    "TransformerBridge": "test_bridge.py",
+    "self-check": "check/test_check.py",
+    "TransformerBridge": "lens/test_bridge.py",
 }
 
 

@@ -4,7 +4,7 @@ A family's table says where every hook lives. It may be wrong in ways that raise
 taken for another, the gate for its factor, an image token for its neighbour. So before anybody
 trusts a table (a new one, or an old one with a new release of transformers), `check` asks the model
 itself. The idea is nnterp's: test at load time what the names claim. The equations are in
-`interp.claims`, the trials (parity, edits, boxes of image tokens) in `interp.trials`.
+`interp.check.claims`, the trials (parity, edits, boxes of image tokens) in `interp.check.trials`.
 
     report = check(MLLM.load("tiny"))
     print(report)          # a table: tower, claim, worst error, verdict, where
@@ -23,8 +23,8 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from interp import claims, trials
-from interp.claims import Finding
+from interp.check import claims, trials
+from interp.check.claims import Finding
 from interp.inputs import Inputs
 from interp.model import MLLM
 

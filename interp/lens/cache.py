@@ -1,7 +1,7 @@
 """An `ActivationCache` whose sums are right on a multimodal LLM.
 
 `run_with_cache` gives one of these. It *is* a `transformer_lens.ActivationCache`, and its methods
-are TransformerLens's own code. What they ask of a model is answered by `interp.lens`, and what they
+are TransformerLens's own code. What they ask of a model, `interp.lens.view` answers, and what they
 read is put right first (`StreamCache._stream`), because on an MLLM five things are not what that
 code takes for granted:
 
@@ -43,7 +43,7 @@ from transformer_lens.utilities import Slice
 
 from interp.errors import NotRead, SumMismatch, nearest
 from interp.hooks import canonical
-from interp.lens import LensView
+from interp.lens.view import LensView
 
 TOWERS = ("vision.", "adapter.", "deepstack.")
 TOLERANCE = 1e-4

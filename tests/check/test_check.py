@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import interp.instrumented
-from interp import MLLM, trials
-from interp.check import LEAST_MOVE, CheckReport, Ledger, Row, check, random_inputs
-from interp.claims import Finding
+from interp import MLLM
+from interp.check import trials
+from interp.check.claims import Finding
+from interp.check.report import LEAST_MOVE, CheckReport, Ledger, Row, check, random_inputs
 from interp.families import family_of
 from tests.conftest import plain_logits
 from tests.record import proved

@@ -6,7 +6,7 @@ model and tells by how much each promise is broken, within each block of a tower
 
 The tensors come from the hooks; beside them stands what torch itself sees going in and out of the
 modules (`watch`), and the weights, so a table that names the wrong module cannot agree with itself.
-`interp.trials` has the claims about the rest of the model, `interp.check` draws the conclusions.
+`interp.check.trials` has the claims about the rest of the model; `report` draws the conclusions.
 """
 
 from __future__ import annotations

@@ -13,13 +13,13 @@ hooks. Because the weights are shared, changing a parameter in place changes bot
 It is not made by `boot_transformers`, which runs `pip install torchvision` where that is missing,
 and with it changes torch.
 
-What to know of it (transformer-lens 4.3; tests/test_bridge.py holds every line of this):
+What to know of it (transformer-lens 4.3; tests/lens/test_bridge.py holds every line of this):
 
 * its vision tower goes by `vision_encoder.*`, its adapter by `vision_projector.*`;
 * edits of scores and pattern do nothing in its vision towers and in the Qwen-VL families;
 * `decompose_resid` starts at `hook_embed`, which on an MLLM misses the pictures, and leaves out
   what Qwen3-VL adds between blocks; `apply_ln_to_stack` leaves out the norm's weight unless it was
-  folded. `model.run_with_cache` gives the same methods without these gaps (`interp.cache`).
+  folded. `model.run_with_cache` gives the same methods without these gaps (`interp.lens.cache`).
 """
 
 from __future__ import annotations

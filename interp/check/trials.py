@@ -1,6 +1,6 @@
 """Trials: what can only be found out by changing something, and the claims about the ends.
 
-`interp.claims` has the equations inside the towers. Here is the rest of what `interp.check` asks:
+`interp.check.claims` has the equations inside the towers. Here is the rest of what is asked:
 
 * `adapter`, `logits`: what lies between the towers, and behind the second, is what the table says;
 * `parity`: the clean run is plain transformers' run;
@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from interp import attention
-from interp.claims import SOFTCAP, Finding, affine, centred, precise, watch, worst
+from interp.check.claims import SOFTCAP, Finding, affine, centred, precise, watch, worst
 from interp.execution import execute
 from interp.families.base import module_at
 from interp.inputs import Inputs

@@ -2,7 +2,7 @@
 
 The reference is `TransformerBridge` of transformer-lens 4.3. What it lacks or means differently is
 listed in `WRONG_THERE`, and tests hold that it still is so; when one of them fails, TransformerLens
-has mended it: compare it here and strike it out of `interp.bridge` and `interp.cache`.
+has mended it: compare it here and strike it out of `interp.lens.bridge` and `interp.lens.cache`.
 """
 
 from __future__ import annotations

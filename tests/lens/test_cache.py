@@ -17,9 +17,9 @@ from transformer_lens import ActivationCache, patching
 from transformer_lens.model_protocol import TransformerLensModelWithWeights
 
 from interp import EditHadNoEffect, Knockout
-from interp.cache import StreamCache
 from interp.errors import HeadError, NotRead, SumMismatch, UnknownHook
-from interp.lens import LensView
+from interp.lens.cache import StreamCache
+from interp.lens.view import LensView
 from interp.model import MLLM
 from tests.zoo import TEXT, VISION, ZOO, build, llava, picture, randomise
 

@@ -2,7 +2,7 @@
 
 `ActivationCache` and the tools behind it hold a `model` and ask it for little: sizes and words for
 the architecture (`cfg`), each block's `W_O` and `W_out`, the final norm as a module, `W_U`, and
-what a text's token is. `LensView` answers, and `interp.cache` gives one to every cache it makes.
+what a text's token is. `LensView` answers, and `interp.lens.cache` gives one to each cache.
 
 Where a family normalises what attention and MLP write (Gemma 2 and 3), "what a head writes" is not
 `z W_O` but that times the norm's weight, over its scale. `as_written` gives `W_O` and `W_out` with
