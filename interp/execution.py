@@ -20,15 +20,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.attention import as_bool
-from interp.edits.masks import Effect, MaskBook, MaskEdit
-from interp.edits.receipts import Receipt, Receipts, attention_mass
+from interp.edits.base import Edit
+from interp.edits.masks import MaskBook, MaskEdit
+from interp.edits.receipts import Receipt, Receipts
+from interp.edits.values import ValueEdit
 from interp.errors import EditHadNoEffect, NotRead, nearest
 from interp.hooks import canonical
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
+from interp.masking import LayerMask
 from interp.points import Point
 from interp.pooling import pool
+from interp.steps import Step
 from interp.tokens import TokenGrid
 
 HookFunction = Callable[..., Tensor | None]
@@ -82,23 +85,11 @@ class Run:
         return pool(self.tokens(name), self.grid_of(name), self.grid)
 
 
-#: a step just before the value at a rank is made, and one just after the reads there
-BEFORE, AFTER = -0.5, 0.5
-
-
-@dataclass
-class Step:
-    """One thing to do at one place of the forward pass; ranks are `Vocabulary.rank`'s."""
-
-    rank: float
-    act: Callable[[], None]
-
-
 def execute(
     model: Instrumented,
     x: Inputs,
     *,
-    edits: Sequence[MaskEdit] = (),
+    edits: Sequence[Edit] = (),
     read: Sequence[str] = (),
     functions: Sequence[tuple[str, HookFunction]] = (),
     logits: bool = True,
@@ -113,21 +104,27 @@ def execute(
     """
     states: dict[str, Tensor] = {}
     receipts: list[Receipt] = []
-    steps = _value_steps(model, x, read, functions, states)
-    if edits:
+    masks = [edit for edit in edits if isinstance(edit, MaskEdit)]
+    values = [edit for edit in edits if isinstance(edit, ValueEdit)]
+    if strict and not logits:
+        _reaches_a_read(model, edits, read)
+    edited = []
+    for edit in values:
+        edit.check(model, x)
+        edited += [(name, _as_function(edit, model, x, receipts)) for name in edit.names(model)]
+    steps = _value_steps(model, x, read, [*edited, *functions], states)
+    if masks:
         book = MaskBook(
-            edits,
+            masks,
             model.cfg.n_layers,
             model.cfg.n_heads,
             x.tensors["attention_mask"].cpu().numpy().astype(bool),
             strict=strict,
             allow_empty_rows=allow_empty_rows,
         )
-        if strict and not logits:
-            _reaches_a_read(model, edits, read)
         for layer in range(model.cfg.n_layers):
             if book.at(layer):
-                steps += _LayerMask(model, book, layer, receipts, mass).steps()
+                steps += LayerMask(model, book, layer, receipts, mass).steps()
     if stop is not None:
         steps = [step for step in steps if step.rank <= model.hooks.rank(stop)]
     steps.sort(key=lambda step: step.rank)
@@ -140,23 +137,69 @@ def execute(
             out["logits"] = nn.output.logits
         else:
             tracer.stop()
-    if edits:
+    if masks:
         book.require_effects()
-    receipts.sort(key=lambda receipt: receipt.layer)
+    if strict:
+        _felt(values, receipts)
+    receipts.sort(key=lambda receipt: model.hooks.rank(receipt.hook))
     return Run(
         states, out.get("logits"), Receipts(receipts), x.grid, lambda name: model.grid_of(name, x)
     )
 
 
-def _reaches_a_read(model: Instrumented, edits: Sequence[MaskEdit], read: Sequence[str]) -> None:
+def _reaches_a_read(model: Instrumented, edits: Sequence[Edit], read: Sequence[str]) -> None:
     """Raise for an edit that acts only after everything that is read."""
     last = max((model.hooks.rank(name) for name in read), default=-1)
     for edit in edits:
-        layers = [layer for layer in range(model.cfg.n_layers) if edit.applies(layer)]
-        if layers and model.hooks.rank(f"blocks.{layers[0]}.attn.hook_q") > last:
+        if isinstance(edit, MaskEdit):
+            layers = [layer for layer in range(model.cfg.n_layers) if edit.applies(layer)]
+            names = [f"blocks.{layer}.attn.hook_q" for layer in layers]
+        else:
+            names = edit.names(model)  # type: ignore[attr-defined]
+        if names and model.hooks.rank(names[0]) > last:
             raise EditHadNoEffect(
-                f"{edit!r} acts from layer {layers[0]} on, after everything that is read "
-                f"({', '.join(read) or 'nothing'}), and the logits are not wanted"
+                f"{edit!r} acts from {names[0].removesuffix('.attn.hook_q')} on, after everything "
+                f"that is read ({', '.join(read) or 'nothing'}), and the logits are not wanted"
+            )
+
+
+def _as_function(
+    edit: ValueEdit, model: Instrumented, x: Inputs, receipts: list[Receipt]
+) -> HookFunction:
+    """A value edit as a hook function that writes its receipt."""
+
+    def function(value: Tensor, hook: Point) -> Tensor | None:
+        name = str(hook.name)
+        after = edit.change(value, name, model, x)
+        _same_shape(name, after, value)
+        changed = (after != value).flatten(2).any(-1) if value.ndim > 2 else after != value
+        size = float((after - value).float().norm() / value.float().norm().clamp_min(1e-30))
+        block = name.split(".blocks.")[-1].removeprefix("blocks.").split(".")[0]
+        receipts.append(
+            Receipt(
+                edit=repr(edit),
+                hook=name,
+                layer=int(block) if block.isdigit() else None,
+                asked=edit.n_selected(value, name, model, x),
+                open=None,
+                changed=int(changed.sum()),
+                size=size,
+            )
+        )
+        return after if bool(changed.any()) else None
+
+    return function
+
+
+def _felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> None:
+    """Raise for a value edit that changed nothing anywhere."""
+    for edit in edits:
+        own = [receipt for receipt in receipts if receipt.edit == repr(edit)]
+        if own and not any(receipt.changed for receipt in own):
+            raise EditHadNoEffect(
+                f"{edit!r} changes nothing: what it writes is there already at "
+                f"{', '.join(receipt.hook for receipt in own[:3])}; pass strict=False to let that "
+                "pass"
             )
 
 
@@ -220,69 +263,4 @@ def _not_only_placeholders(before: Tensor, after: Tensor, x: Inputs) -> None:
         raise EditHadNoEffect(
             "an edit of hook_embed at image tokens only cannot reach the logits: placeholders are "
             "overwritten by the adapter's output; edit adapter.hook_out"
-        )
-
-
-class _LayerMask:
-    """The mask edits of one layer during a run: put the mask in, then write the receipts."""
-
-    def __init__(
-        self, model: Instrumented, book: MaskBook, layer: int, receipts: list[Receipt], mass: bool
-    ) -> None:
-        self.model, self.book, self.layer, self.receipts = model, book, layer, receipts
-        self.mass = mass
-        self.attention = model.envoy(model.family.block_path(layer, "attn"))
-        self.prefix = f"blocks.{layer}.attn"
-        self.effects: list[Effect] = []
-
-    def steps(self) -> list[Step]:
-        """In at the attention module's input; receipts where queries and keys are at hand."""
-        rank = self.model.hooks.rank
-        steps = [Step(rank(f"{self.prefix}.hook_q") + BEFORE, self.put_in)]
-        if self.mass:
-            steps.append(Step(rank(f"{self.prefix}.hook_rot_q") + AFTER, self.keep_query))
-            steps.append(Step(rank(f"{self.prefix}.hook_rot_k") + AFTER, self.weigh))
-        return steps
-
-    def put_in(self) -> None:
-        args, kwargs = self.attention.inputs
-        base = kwargs.get("attention_mask")
-        base = self.book.causal(self.model.device) if base is None else as_bool(base)
-        mask, effects = self.book.mask(base, self.layer)
-        self.attention.inputs = (args, {**kwargs, "attention_mask": mask})
-        if self.mass:
-            self.effects = effects
-        else:
-            for effect in effects:
-                self.write(effect, None)
-
-    def keep_query(self) -> None:
-        self.query = self.model.hook(f"{self.prefix}.hook_rot_q").output
-
-    def weigh(self) -> None:
-        key = self.model.hook(f"{self.prefix}.hook_rot_k").output
-        for effect in self.effects:
-            share = attention_mass(
-                self.query,
-                key,
-                scaling=float(self.attention._module.scaling),
-                softcap=getattr(self.attention._module, "attn_logit_softcapping", None),
-                mask=effect.after if effect.edit.opens else effect.before,
-                edges=effect.edges,
-                heads=effect.edit.heads,  # type: ignore[arg-type]
-            )
-            self.write(effect, share)
-        self.effects = []  # they hold masks, and this object lives as long as the run
-        del self.query
-
-    def write(self, effect: Effect, share: float | None) -> None:
-        self.receipts.append(
-            Receipt(
-                edit=repr(effect.edit),
-                layer=self.layer,
-                asked=len(effect.edit.edges),
-                changed=effect.changed,
-                mass=share,
-                empty_rows=effect.empty_rows,
-            )
         )

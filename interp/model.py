@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.edits.masks import MaskEdit
+from interp.edits.base import Edit
 from interp.errors import EditHadNoEffect, HeadError, UnknownHook
 from interp.execution import HookFunction, Run, execute
 from interp.hooks import Pattern
@@ -124,7 +124,7 @@ class MLLM(Instrumented):
     def run(
         self,
         x: Inputs,
-        *edits: MaskEdit,
+        *edits: Edit,
         read: Pattern | None = None,
         logits: bool = True,
         strict: bool = True,
@@ -164,7 +164,7 @@ class MLLM(Instrumented):
     def run_with_cache(
         self,
         x: Inputs,
-        *edits: MaskEdit,
+        *edits: Edit,
         names_filter: Pattern | None = None,
         stop_at_layer: int | None = None,
         remove_batch_dim: bool = False,
@@ -208,7 +208,7 @@ class MLLM(Instrumented):
     def run_with_hooks(
         self,
         x: Inputs,
-        *edits: MaskEdit,
+        *edits: Edit,
         fwd_hooks: Sequence[tuple[Pattern, HookFunction]] = (),
         stop_at_layer: int | None = None,
     ) -> Tensor:
@@ -292,10 +292,10 @@ def _check_call(x: Any, edits: Sequence[Any]) -> None:
             f"{type(x).__name__} is no prepared batch; x = model.prepare(image, text) makes one"
         )
     for edit in edits:
-        if not isinstance(edit, MaskEdit):
+        if not isinstance(edit, Edit):
             hint = "functions go through run_with_hooks(x, fwd_hooks=[(name, fn)])"
             if isinstance(edit, str):
                 hint = "to read hooks pass read=..."
-            elif isinstance(edit, list) and all(isinstance(one, MaskEdit) for one in edit):
+            elif isinstance(edit, list) and all(isinstance(one, Edit) for one in edit):
                 hint = "give edits one by one, or as *edits"
             raise TypeError(f"{edit!r} is no edit; Knockout(edges) and Unmask(edges) are; {hint}")

@@ -18,8 +18,7 @@ Knockout(EdgeSet(1 edge, 1 query, 1 x 8 positions), layers=[1, 2], heads=[0])
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -28,13 +27,12 @@ import torch
 from torch import Tensor
 
 from interp.edges import EdgeSet
+from interp.edits.base import Edit, Indices, indices
 from interp.errors import EdgeError, EditHadNoEffect, EmptyRow, HeadError
-
-Indices = int | Iterable[int] | None
 
 
 @dataclass(frozen=True, repr=False)
-class MaskEdit:
+class MaskEdit(Edit, kind=False):
     """Common part of mask edits: which edges, in which layers, for which heads.
 
     Attributes:
@@ -57,15 +55,7 @@ class MaskEdit:
                 "x.grid.edges(src=..., dst=...) makes one"
             )
         for name in ("layers", "heads"):
-            object.__setattr__(self, name, _indices(getattr(self, name), name))
-
-    def __repr__(self) -> str:
-        where = [
-            f", {name}={list(value)}"
-            for name in ("layers", "heads")
-            if (value := getattr(self, name)) is not None
-        ]
-        return f"{type(self).__name__}({self.edges!r}{''.join(where)})"
+            object.__setattr__(self, name, indices(getattr(self, name), name))
 
     def check(self, n_layers: int, n_heads: int, attended: np.ndarray) -> None:
         """Raise unless the model has this edit's layers and heads, and the run its positions.
@@ -110,6 +100,11 @@ class MaskEdit:
             "heads": self.heads,
         }
 
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MaskEdit:
+        """The edit of this kind that `to_json` wrote."""
+        return cls(EdgeSet.from_json(data["edges"]), data["layers"], data["heads"])
+
 
 @dataclass(frozen=True, repr=False)
 class Knockout(MaskEdit):
@@ -133,33 +128,6 @@ class Unmask(MaskEdit):
     """
 
     opens: ClassVar[bool] = True
-
-
-def edit_from_json(data: dict[str, Any]) -> MaskEdit:
-    """The edit that `to_json` wrote."""
-    kinds = {kind.__name__: kind for kind in (Knockout, Unmask)}
-    if data.get("edit") not in kinds:
-        raise ValueError(f"no edit {data.get('edit')!r}; there are {sorted(kinds)}")
-    return kinds[data["edit"]](EdgeSet.from_json(data["edges"]), data["layers"], data["heads"])
-
-
-def _indices(value: Indices, name: str) -> tuple[int, ...] | None:
-    if value is None:
-        return None
-    given = list(value) if isinstance(value, Iterable) else [value]
-    if not given:
-        raise HeadError(f"{name}=[] edits nothing; leave {name} out to mean all of them")
-    return tuple(sorted({_index(one, name) for one in given}))
-
-
-def _index(value: Any, name: str) -> int:
-    try:
-        index = operator.index(value)  # takes NumPy's and torch's whole numbers too
-    except TypeError:
-        index = -1
-    if index < 0 or isinstance(value, (bool, np.bool_)):
-        raise HeadError(f"{name} are whole numbers from 0, not {value!r}")
-    return index
 
 
 @dataclass

@@ -27,19 +27,27 @@ class Receipt:
 
     Attributes:
         edit: the edit, as it prints.
-        layer: language-model layer.
-        asked: edges the edit holds.
-        changed: edges it flipped: cut ones that were open, opened ones that were closed.
+        hook: where it acted; of mask edits, the layer's `attn.hook_mask`.
+        layer: the block's number in its tower, None outside of blocks.
+        asked: edges the edit holds; of value edits, vectors it selects.
+        open: of the edges, those that were open in every head it names; None for value edits.
+        changed: edges it flipped: cut ones that were open, opened ones that were closed; of value
+            edits, vectors that are another now.
         mass: mean share of attention removed or opened (see the module), None if not asked for.
         empty_rows: queries left with no key.
+        size: of the change, relative to what was there (norms): of the value at the hook, or of
+            the layer's attention output; None if not asked for.
     """
 
     edit: str
-    layer: int
+    hook: str
+    layer: int | None
     asked: int
+    open: int | None
     changed: int
-    mass: float | None
-    empty_rows: int
+    mass: float | None = None
+    empty_rows: int = 0
+    size: float | None = None
 
 
 class Receipts(tuple[Receipt, ...]):
@@ -53,7 +61,10 @@ class Receipts(tuple[Receipt, ...]):
     def __repr__(self) -> str:
         if not self:
             return "no edits, no receipts"
-        return self.table().to_string(index=False, float_format="{:.4f}".format)
+        table = self.table().dropna(axis=1, how="all")
+        if table.hook.str.endswith("hook_mask").all():
+            table = table.drop(columns="hook")  # the layer says it
+        return table.to_string(index=False, float_format="{:.4f}".format)
 
     __str__ = __repr__
 

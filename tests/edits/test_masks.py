@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from interp import EdgeSet, Knockout, Unmask
-from interp.edits.masks import MaskBook, edit_from_json
+from interp.edits.base import edit_from_json
+from interp.edits.masks import MaskBook
 from interp.errors import EdgeError, EditHadNoEffect, EmptyRow, HeadError
 from tests.conftest import random_inputs
 
@@ -170,7 +171,7 @@ def test_padding_can_neither_be_cut_nor_seen(rand, rx2, edit):
 def test_an_edit_after_everything_that_is_read_is_refused(rand, rx):
     edges = rx.grid.edges(src=1, dst=5)
     early = "blocks.0.hook_resid_post"
-    with pytest.raises(EditHadNoEffect, match="acts from layer 2 on, after everything"):
+    with pytest.raises(EditHadNoEffect, match=r"acts from blocks\.2 on, after everything"):
         rand.run(rx, Knockout(edges, layers=2), read=early, logits=False)
     rand.run(rx, Knockout(edges, layers=[0, 2]), read=early, logits=False)
     rand.run(rx, Knockout(edges, layers=2), read=early)  # the logits see it

@@ -1,0 +1,106 @@
+"""What all edits have in common: they are data.
+
+An edit is a frozen dataclass that prints as the call that made it, compares, hashes, goes to JSON
+and comes back. Layers and heads are whole numbers, one or several, or None for all of them;
+`window(center=10, width=5)` is a range of layers around one.
+
+>>> list(window(center=10, width=5))
+[8, 9, 10, 11, 12]
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import numpy as np
+
+from interp.errors import HeadError
+
+Indices = int | Iterable[int] | None
+
+
+@dataclass(frozen=True, repr=False)
+class Edit:
+    """Base of all edits. A subclass is a frozen dataclass and registers itself by its name, unless
+    it is made with `kind=False`, being a base itself."""
+
+    #: every kind of edit by its name, for `edit_from_json`
+    KINDS: ClassVar[dict[str, type[Edit]]] = {}
+
+    def __init_subclass__(cls, kind: bool = True, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if kind:
+            Edit.KINDS[cls.__name__] = cls
+
+    def __repr__(self) -> str:
+        """The call that makes this edit; what is at its default is left out."""
+        words = []
+        for number, field in enumerate(fields(self)):
+            value = getattr(self, field.name)
+            if number and value == field.default:
+                continue
+            shown = repr(list(value)) if isinstance(value, tuple) else repr(value)
+            words.append(shown if number == 0 else f"{field.name}={shown}")
+        return f"{type(self).__name__}({', '.join(words)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `edit_from_json` gives an equal edit back."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Edit:
+        """The edit of this kind that `to_json` wrote."""
+        raise NotImplementedError
+
+
+def edit_from_json(data: dict[str, Any]) -> Edit:
+    """The edit that `to_json` wrote.
+
+    Raises:
+        ValueError: an unknown kind of edit.
+    """
+    kind = Edit.KINDS.get(data.get("edit", ""))
+    if kind is None:
+        raise ValueError(f"no edit {data.get('edit')!r}; there are {sorted(Edit.KINDS)}")
+    return kind.from_json(data)
+
+
+def window(center: int, width: int) -> range:
+    """`width` layers around `center`, cut off at layer 0 (Geva et al. 2023 cut in such windows).
+
+    Raises:
+        HeadError: a width that is no odd positive number, or a centre below 0.
+    """
+    if width < 1 or width % 2 == 0 or center < 0:
+        raise HeadError(
+            f"window(center={center}, width={width}): the width is an odd number of layers, so "
+            "that there is a centre, and the centre a layer"
+        )
+    return range(max(0, center - width // 2), center + width // 2 + 1)
+
+
+def indices(value: Indices, name: str) -> tuple[int, ...] | None:
+    """Layers or heads as a sorted tuple without doubles, or None for all.
+
+    Raises:
+        HeadError: an empty list, or something that is no whole number from 0.
+    """
+    if value is None:
+        return None
+    given = list(value) if isinstance(value, Iterable) else [value]
+    if not given:
+        raise HeadError(f"{name}=[] edits nothing; leave {name} out to mean all of them")
+    return tuple(sorted({_index(one, name) for one in given}))
+
+
+def _index(value: Any, name: str) -> int:
+    try:
+        index = operator.index(value)  # takes NumPy's and torch's whole numbers too
+    except TypeError:
+        index = -1
+    if index < 0 or isinstance(value, (bool, np.bool_)):
+        raise HeadError(f"{name} are whole numbers from 0, not {value!r}")
+    return index
