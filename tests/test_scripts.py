@@ -58,7 +58,7 @@ def test_script_prints_what_its_comments_say(ran):
     grid, header, *rows = printed.splitlines()
     assert grid == "10 x 10 image tokens, positions 5..104, 8 x 8 px each"
     assert header.split() == ["edit", "layer", "asked", "open", "changed", "mass", "empty_rows"]
-    assert [row.split()[-5:-2] for row in rows] == [[str(i), "4", "4"] for i in (1, 2, 3)]
+    assert [row.split()[-6:-2] for row in rows] == [[str(i), "4", "4", "4"] for i in (1, 2, 3)]
 
 
 def test_script_leaves_what_its_lines_promise(ran):

@@ -75,9 +75,9 @@ def test_edit_without_effect_has_mass_zero(rand, rx):
 
 
 def test_receipts_print_as_a_table():
-    receipts = Receipts([Receipt("Knockout(...)", 2, 5, 4, 0.25, 0)])
+    receipts = Receipts([Receipt("Knockout(...)", "blocks.2.attn.hook_mask", 2, 5, 4, 4, 0.25)])
     lines = str(receipts).splitlines()
     assert lines[0].split() == ["edit", "layer", "asked", "open", "changed", "mass", "empty_rows"]
-    assert lines[1].split() == ["Knockout(...)", "2", "5", "4", "0.2500", "0"]
+    assert lines[1].split() == ["Knockout(...)", "2", "5", "4", "4", "0.2500", "0"]
     assert receipts.table().mass.tolist() == [0.25]
     assert str(Receipts()) == "no edits, no receipts"
