@@ -145,6 +145,11 @@ def _fire_mask(
     # a copy of its own, by head: the same tensor serves every layer, and an edit of this layer
     # must not leak into the next
     edited: Tensor = module.hook_mask(mask.expand(*query.shape[:2], -1, -1).clone())
+    if edited.dtype != torch.bool:
+        raise TypeError(
+            f"{module.hook_mask.name}: the mask is bool, True where a query may attend, and "
+            f"{edited.dtype} would be added to the scores; return .bool(), or edit hook_attn_scores"
+        )
     if torch.equal(edited, mask.expand_as(edited)):
         return attention_mask  # so that looking leaves the kernel, and the last bit, alone
     if (mask.any(-1) & ~edited.any(-1)).any():

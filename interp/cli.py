@@ -113,7 +113,7 @@ def check(
     try:
         loaded = _load(model, device=device, dtype=dtype)
         found = run_check(loaded)
-    except (InterpError, ValueError) as error:
+    except (InterpError, ValueError, AssertionError, RuntimeError) as error:  # torch's own, too
         _fail(error)
     console.print(found.table())
     console.print(str(loaded.path()), highlight=False)

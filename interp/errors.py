@@ -59,6 +59,10 @@ class EditHadNoEffect(InterpError, RuntimeError):
     """An edit that changed nothing: nearly always a mistake, so it is not let through."""
 
 
+class AlreadyRunning(InterpError, RuntimeError):
+    """A model that is run from within its own run."""
+
+
 class SumMismatch(InterpError, ArithmeticError):
     """Parts that do not add up to the whole: the decomposition does not hold on this model."""
 

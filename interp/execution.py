@@ -31,6 +31,7 @@ from interp.instrumented import Instrumented
 from interp.masking import LayerMask
 from interp.points import Point
 from interp.pooling import pool
+from interp.sites import fits
 from interp.steps import Step
 from interp.tokens import TokenGrid
 
@@ -130,13 +131,17 @@ def execute(
     steps.sort(key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
     nn, tensors = model.nn, model.to_device(x)
-    with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
-        for step in steps:
-            step.act()
-        if logits:
-            out["logits"] = nn.output.logits
-        else:
-            tracer.stop()
+    model.begin()
+    try:
+        with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
+            for step in steps:
+                step.act()
+            if logits:
+                out["logits"] = nn.output.logits
+            else:
+                tracer.stop()
+    finally:
+        model.end()
     if masks:
         book.require_effects()
     if strict:
@@ -153,12 +158,12 @@ def _reaches_a_read(model: Instrumented, edits: Sequence[Edit], read: Sequence[s
     for edit in edits:
         if isinstance(edit, MaskEdit):
             layers = [layer for layer in range(model.cfg.n_layers) if edit.applies(layer)]
-            names = [f"blocks.{layer}.attn.hook_q" for layer in layers]
+            names = [f"blocks.{layer}.attn.hook_mask" for layer in layers]
         else:
             names = edit.names(model)  # type: ignore[attr-defined]
         if names and model.hooks.rank(names[0]) > last:
             raise EditHadNoEffect(
-                f"{edit!r} acts from {names[0].removesuffix('.attn.hook_q')} on, after everything "
+                f"{edit!r} acts from {names[0].removesuffix('.attn.hook_mask')} on, after everything "
                 f"that is read ({', '.join(read) or 'nothing'}), and the logits are not wanted"
             )
 
@@ -171,7 +176,7 @@ def _as_function(
     def function(value: Tensor, hook: Point) -> Tensor | None:
         name = str(hook.name)
         after = edit.change(value, name, model, x)
-        _same_shape(name, after, value)
+        fits(name, after, value)
         changed = (after != value).flatten(2).any(-1) if value.ndim > 2 else after != value
         size = float((after - value).float().norm() / value.float().norm().clamp_min(1e-30))
         block = name.split(".blocks.")[-1].removeprefix("blocks.").split(".")[0]
@@ -222,15 +227,15 @@ def _value_steps(
             before = value.clone() if edits and name == "hook_embed" else value
             off_path = bool(edits) and model.off_path(name)
             for edit in edits:
-                version = value._version if off_path else 0  # torch counts edits in place
+                kept = value.clone() if off_path else value
                 edited = edit(value, hook=Point(name))
-                if off_path and (edited is not None or value._version != version):
+                if off_path and (edited is not None or not torch.equal(kept, value)):
                     raise EditHadNoEffect(
                         f"an edit at {name!r} cannot reach the logits: the adapter reads "
                         f"{model.adapter_reads!r}, and this lies behind it"
                     )
                 if edited is not None:
-                    _same_shape(name, edited, value)
+                    fits(name, edited, value)
                     site.output = edited
                     value = site.output
             if edits and name == "hook_embed":
@@ -244,16 +249,6 @@ def _value_steps(
 
     wanted = set(read)
     return [step(name, edits, name in wanted) for name, edits in by_name.items()]
-
-
-def _same_shape(name: str, edited: Any, value: Tensor) -> None:
-    """A result of another shape may broadcast into wrong numbers, so it is refused."""
-    if not isinstance(edited, Tensor) or edited.shape != value.shape:
-        came = list(edited.shape) if isinstance(edited, Tensor) else type(edited).__name__
-        raise ValueError(
-            f"the function at {name!r} returned {came}, but the tensor there is "
-            f"{list(value.shape)}; return one of that shape, or None"
-        )
 
 
 def _not_only_placeholders(before: Tensor, after: Tensor, x: Inputs) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from interp.errors import ImageError
@@ -250,7 +250,7 @@ def _picture(image: Picture) -> Image.Image:
         if not path.is_file():
             raise ImageError(f"no picture at {str(path)!r}")
         try:
-            image = Image.open(path)
+            image = ImageOps.exif_transpose(Image.open(path))  # as a viewer shows it
         except UnidentifiedImageError:
             raise ImageError(f"{str(path)!r} is no picture that Pillow can read") from None
     if isinstance(image, np.ndarray):
@@ -269,6 +269,11 @@ def _picture(image: Picture) -> Image.Image:
         raise ImageError(
             f"{type(image).__name__} is no picture; a PIL image, a uint8 array "
             f"[height, width, 3] or a path would do{hint}"
+        )
+    if image.mode.startswith(("I", "F")) or not min(image.size):
+        raise ImageError(
+            f"a picture of mode {image.mode!r} and {image.size[0]} x {image.size[1]} pixels: Pillow "
+            "would clip its values; give 8 bits a channel, and at least one pixel"
         )
     return image.convert("RGB")
 

@@ -7,7 +7,9 @@ through `interp.attention`, and nnsight wraps it. Its numbers stay those of SDPA
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import threading
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from interp import attention, points
 from interp.dims import Dims
+from interp.errors import AlreadyRunning
 from interp.families import family_of
 from interp.hooks import Vocabulary, canonical
 from interp.inputs import Inputs
@@ -78,6 +81,31 @@ class Instrumented(LanguageWeights):
         attention.register(module, self.family)
         self.nn = Traced(module)
         points.listen(module, self.nn)
+
+        self._lock, self._runner = threading.Lock(), 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Instrumented:
+        """Another model with weights of its own, and hooks that are its own."""
+        return type(self)(copy.deepcopy(self.module, memo), self.processor)
+
+    def begin(self) -> None:
+        """Take the model for one run; other threads wait until `end`.
+
+        Raises:
+            AlreadyRunning: by this very thread, from within a hook function.
+        """
+        if self._runner == threading.get_ident():
+            raise AlreadyRunning(
+                "this model is running already, and a hook function cannot run it again; run the "
+                "other batch first, and keep what you need of it"
+            )
+        self._lock.acquire()
+        self._runner = threading.get_ident()
+
+    def end(self) -> None:
+        """Give the model back."""
+        self._runner = 0
+        self._lock.release()
 
     def __repr__(self) -> str:
         c = self.cfg

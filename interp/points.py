@@ -167,10 +167,9 @@ def _fire_resid_mid(scaled: bool, norm: nn.Module, args: tuple[Tensor, ...]) -> 
         norm.__dict__["interp_stream"] = x
     point = cast(HookPoint, norm.hook_resid_mid)
     if watched(point):
-        edited = _fire(point, x.clone() if scaled else x, 3)
-        if edited is not x:
-            # the block adds this same tensor back after the MLP, so the edit must be in place
-            x.copy_(edited)
+        # the block adds this same tensor back after the MLP, so the edit must be in place; who
+        # looks gets a copy, which stays what it was
+        x.copy_(_fire(point, x.clone(), 3))
 
 
 def _fire_scaled(part: str, scale: Tensor, ln2: nn.Module, added: nn.Module, _: Any, out: Any):  # type: ignore[no-untyped-def]

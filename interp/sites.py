@@ -56,7 +56,12 @@ class Site:
         if self._shared:
             setattr(self._envoy, self._place.side, self._raw().clone())
             self._shared = False
-        return see(self._raw(), self._place)
+        raw = self._raw()
+        value = see(raw, self._place)
+        if torch.is_grad_enabled() and value.requires_grad and self._place.viewed:
+            # the graph must run through what the caller holds, or its gradient stays None
+            setattr(self._envoy, self._place.side, put(raw, value, self._place))
+        return value
 
     @output.setter
     def output(self, value: Tensor) -> None:
@@ -65,10 +70,29 @@ class Site:
                 f"an edit at {self.name!r} cannot reach the logits: the adapter reads an earlier "
                 "stage of the vision tower (model.adapter_reads)"
             )
-        setattr(self._envoy, self._place.side, put(self._raw(), value, self._place))
+        raw = self._raw()
+        fits(self.name, value, see(raw, self._place))
+        setattr(self._envoy, self._place.side, put(raw, value, self._place))
 
     def _raw(self) -> Any:
         return self._envoy.input if self._place.side == "input" else self._envoy.output
+
+
+def fits(name: str, edited: Any, value: Tensor) -> None:
+    """Raise for an edit of another shape, which may broadcast into wrong numbers, or precision.
+
+    Args:
+        name: of the hook.
+        edited: what came.
+        value: what is there.
+    """
+    if not isinstance(edited, Tensor):
+        raise ValueError(f"{name!r} was given {type(edited).__name__}, no tensor; or return None")
+    if edited.shape != value.shape or edited.dtype != value.dtype:
+        raise ValueError(
+            f"{name!r} was given {edited.dtype} {list(edited.shape)}, but the tensor there is "
+            f"{value.dtype} {list(value.shape)}; give one like that (.to(value.dtype)), or None"
+        )
 
 
 def see(raw: Any, place: Place) -> Tensor:

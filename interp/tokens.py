@@ -271,8 +271,8 @@ class TokenGrid:
             scores: `[n_tokens, ...]` of the image, in grid order: labels, or scores by class.
             image: which image.
             how: "nearest", or "bilinear" between the cells' centres (for floating-point scores).
-            fill: for pixels that no token sees (cropped away); by default NaN, and `IGNORE` for
-                whole numbers.
+            fill: for pixels that no token sees (cropped away); by default NaN, `IGNORE` for whole
+                numbers, False for bools.
 
         Raises:
             ValueError: several views (`select` one), or scores that do not fit.
@@ -297,7 +297,9 @@ class TokenGrid:
                 f"how={how!r} for {array.dtype}: 'nearest', or 'bilinear' for floating-point scores"
             )
         if fill is None:
-            fill = np.nan if floating else IGNORE
+            fill = np.nan if floating else False if array.dtype == np.bool_ else IGNORE
+        if not floating and not np.can_cast(np.min_scalar_type(fill), array.dtype):
+            raise ValueError(f"fill={fill} is no {array.dtype}, as the scores are; give another")
         shape = self.shapes[int(views[0])]
         return paint(
             array.reshape(*shape, *array.shape[1:]),

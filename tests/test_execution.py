@@ -210,7 +210,7 @@ def test_gradients_flow_through_a_bare_trace(rand, rx):
 
 @pytest.mark.parametrize("wrong", [lambda v, hook: v[:, :1], lambda v, hook: 0.0])
 def test_a_result_of_another_shape_is_refused(rand, rx, wrong):
-    with pytest.raises(ValueError, match=r"'blocks\.0\.attn\.hook_pattern' returned .* is \[1, 6,"):
+    with pytest.raises(ValueError, match=r"'blocks\.0\.attn\.hook_pattern' was given"):
         rand.run_with_hooks(rx, fwd_hooks=[("blocks.0.attn.hook_pattern", wrong)])
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from interp import MLLM, Knockout, Unmask
+from interp.errors import AlreadyRunning
 from interp.loading import BUNDLED
 from tests.conftest import plain_logits, random_inputs, random_llava
 
@@ -178,3 +180,43 @@ def test_run_with_cache_speaks_transformerlens(rand, rx):
     _, few = rand.run_with_cache(rx, Knockout(rx.grid.edges(0, 3)), names_filter="*.hook_mask")
     assert not few["blocks.0.attn.hook_mask"][0, :, 5, 2].any()
     assert logits.shape == (1, rx.n_pos, 64)
+
+
+def test_a_float_mask_is_refused(rand, rx):
+    """It would be added to the scores, and the causal mask gone."""
+    hook = ("blocks.1.attn.hook_mask", lambda mask, hook: mask * 1.0)
+    with pytest.raises(ValueError, match=r"'blocks\.1\.attn\.hook_mask' was given torch\.float32"):
+        rand.run_with_hooks(rx, fwd_hooks=[hook])
+    with pytest.raises((TypeError, ValueError), match="hook_mask"), rand.trace(rx):  # noqa: PT012
+        site = rand.hook("blocks.1.attn.hook_mask")
+        site.output = site.output.float()
+
+
+def test_a_hook_function_cannot_run_its_own_model(rand, rx):
+    def nested(value, hook):
+        return rand.run(rx, read=hook.name)[hook.name]
+
+    with pytest.raises(AlreadyRunning, match="run the other batch first"):
+        rand.run_with_hooks(rx, fwd_hooks=[("blocks.1.hook_resid_post", nested)])
+    rand.run(rx)
+
+
+def test_threads_take_turns(rand, rx):
+    clean, found = rand.run(rx).logits, []
+
+    def work():
+        found.extend(torch.equal(rand.run(rx).logits, clean) for _ in range(5))
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [True] * 15
+
+
+def test_a_copy_is_a_model_of_its_own(rand, rx):
+    again = copy.deepcopy(rand)
+    with torch.no_grad():
+        again.module.lm_head.weight.mul_(2)
+    assert torch.allclose(again.run(rx).logits, 2 * rand.run(rx).logits, atol=1e-4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 
@@ -36,3 +37,25 @@ def test_assigning_keeps_the_rest_of_a_tuple(rand, rx):
     assert isinstance(whole, tuple)
     assert len(whole) == 2
     assert torch.equal(logits, clean)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda v: v[:, -1:], lambda v: v.double(), lambda v: 0.0],
+    ids=["another shape", "another precision", "no tensor"],
+)
+def test_assigning_what_does_not_fit_is_refused(rand, rx, wrong):
+    """It would broadcast, or be mixed in, without a word."""
+    with pytest.raises(ValueError, match=r"'blocks\.1\.hook_attn_out' was given"), rand.trace(rx):  # noqa: PT012
+        site = rand.hook("blocks.1.hook_attn_out")
+        site.output = wrong(site.output)
+
+
+@pytest.mark.parametrize("name", ["blocks.1.hook_resid_mid", "vision.blocks.0.hook_resid_mid"])
+def test_what_was_saved_stays_what_it_was_when_the_hook_is_edited(rand, rx, name):
+    clean = rand.run(rx, read=name)[name]
+    with torch.no_grad(), rand.trace(rx):
+        site = rand.hook(name)
+        before = site.output.save()
+        site.output = before * 2
+    assert torch.equal(before, clean)

@@ -46,6 +46,11 @@ class Place(NamedTuple):
     d_head: int = 0
     packed: bool = False
 
+    @property
+    def viewed(self) -> bool:
+        """Whether the hook's tensor is another view of what the module holds."""
+        return bool(self.part is not None or self.d_head or self.packed)
+
 
 @dataclass(frozen=True)
 class Block:

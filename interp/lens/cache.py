@@ -136,12 +136,24 @@ class StreamCache(ActivationCache):
         """Parts of the stream as the norm at `layer` lets them through: its scale and its weight.
 
         Arguments as in TransformerLens, which leaves out the weight.
+
+        Raises:
+            ValueError: parts of other positions than the scale's, which would broadcast.
         """
+        at = self._layer(layer)
+        n_layers = self.model.cfg.n_layers
+        norm = "ln_final" if at == n_layers else f"blocks.{at}.ln{2 if mlp_input else 1}"
+        scale = self.cache_dict.get(f"{norm}.hook_scale")
+        whole = pos_slice is None and batch_slice is None and not recompute_ln
+        if whole and scale is not None and residual_stack.shape[1:-1] != scale.shape[:-1]:
+            raise ValueError(
+                f"parts {list(residual_stack.shape)} for a scale {list(scale.shape)}: they would "
+                "broadcast; pass the pos_slice and batch_slice with which the parts were made"
+            )
         out = super().apply_ln_to_stack(
             residual_stack, layer, mlp_input, pos_slice, batch_slice, has_batch_dim, recompute_ln
         )
-        at = self._layer(layer)
-        if recompute_ln and at == self.model.cfg.n_layers:
+        if recompute_ln and at == n_layers:
             return cast(Tensor, out)  # the norm itself was run, weight and all
         return cast(Tensor, out * self.model.norm_before(at, mlp_input).w.to(out.device))
 
