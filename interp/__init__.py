@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp.edges import EdgeSet
-    from interp.edits import Knockout, Unmask
+    from interp.edits import Ablate, EditMask, Knockout, Patch, Scale, Steer, Unmask, window
     from interp.errors import EditHadNoEffect
+    from interp.generation import answer_edges
     from interp.model import MLLM
     from interp.probes import ProbeBank
     from interp.tokens import TokenGrid
@@ -24,23 +25,37 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Ablate": "interp.edits",
     "EdgeSet": "interp.edges",
     "EditHadNoEffect": "interp.errors",
+    "EditMask": "interp.edits",
     "Knockout": "interp.edits",
     "MLLM": "interp.model",
+    "Patch": "interp.edits",
     "ProbeBank": "interp.probes",
+    "Scale": "interp.edits",
+    "Steer": "interp.edits",
     "TokenGrid": "interp.tokens",
     "Unmask": "interp.edits",
+    "answer_edges": "interp.generation",
+    "window": "interp.edits",
 }
 
 __all__ = [
     "MLLM",
+    "Ablate",
     "EdgeSet",
     "EditHadNoEffect",
+    "EditMask",
     "Knockout",
+    "Patch",
     "ProbeBank",
+    "Scale",
+    "Steer",
     "TokenGrid",
     "Unmask",
+    "answer_edges",
+    "window",
 ]
 
 

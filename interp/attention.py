@@ -11,25 +11,34 @@ touching family code. It does one of two things:
 
 Packed towers (the Qwen-VL families) have a function of their own, `packed_attention`.
 
+A model may also be left on a stock kernel, "sdpa" or "eager" (`register`). Mask edits work there
+just the same, since they go in at the attention module's input; what only this function carries
+(scores, pattern, mask, rotated queries and keys, z) is then refused by name (`require`).
+
 Masks are boolean here, True = may attend, or None where SDPA's causal flag does the work. A row
 with no key left gives a pattern of zeros (SDPA does the same), never NaN.
 """
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from interp.errors import EmptyRow
+from interp.errors import EmptyRow, UnknownHook
 from interp.families.base import Family, module_at
-from interp.points import watched
+from interp.points import ATTENTION_POINTS, watched
 
 NAME = "interp"
+#: attention functions that a model can be loaded with: ours, and transformers' own
+KERNELS = (NAME, "sdpa", "eager")
 #: scores that `softmax_into` takes at a time: what stays in a CPU's cache, or fills a GPU
 BLOCK, BLOCK_ELSEWHERE = {"cpu": 2**17}, 2**22
 #: with "flash" in it, so that packed towers hand over their row whole (see `packed_attention`)
@@ -96,6 +105,7 @@ def packed_attention(
     dropout: float = 0.0,
     *,
     cu_seq_lens_q: Tensor,
+    interp_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention over one row of patches, of which each attends to its own chunk only.
@@ -106,7 +116,8 @@ def packed_attention(
     tensor. Where nobody looks at scores, pattern or mask, the chunks go one by one through SDPA, as
     in the stock model; otherwise the chunks are the blocks of a mask.
 
-    Args: as `hooked_attention`; the batch is 1.
+    Args: as `hooked_attention`; the batch is 1. `interp_mask` is the mask of a mask edit, bool
+        `[1, 1 or head, query, key]`, which takes the chunks' place.
     """
     kwargs = {"is_causal": False}
     if not hasattr(module, "hook_z"):
@@ -117,11 +128,11 @@ def packed_attention(
         key = module.hook_rot_k(key.transpose(1, 2)).transpose(1, 2)
     lengths = cu_seq_lens_q.diff()
     chunk = torch.arange(len(lengths), device=query.device).repeat_interleave(lengths)
-    mask = None
+    mask = interp_mask
     if watched(module.hook_mask):
-        blocks = (chunk[:, None] == chunk)[None, None]
-        mask = _fire_mask(module, query, key, blocks, False)
-        mask = None if mask is blocks else mask
+        blocks = (chunk[:, None] == chunk)[None, None] if mask is None else mask
+        edited = _fire_mask(module, query, key, blocks, False)
+        mask = mask if edited is blocks else edited
     if watched(module.hook_attn_scores) or watched(module.hook_pattern):
         mask = (chunk[:, None] == chunk)[None, None] if mask is None else mask
         z = _written_out(module, query, key, value, mask, scaling, dropout, False, kwargs)
@@ -157,6 +168,29 @@ def _fire_mask(
             f"an edit at {module.hook_mask.name!r} leaves queries with no key to attend to"
         )
     return edited
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scaling: float,
+    softcap: float | None = None,
+) -> Tensor:
+    """z under a mask, `[batch, head, query, d_head]`; nobody is told, nothing is hooked.
+
+    Args:
+        query, key, value: as `hooked_attention` has them.
+        mask: `[batch or 1, 1 or head, query, key]` bool.
+        scaling: factor on the scores.
+        softcap: bound of the scores (Gemma 2), if any.
+    """
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    if softcap is None:
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    scores = torch.tanh(query @ key.transpose(-1, -2) * (scaling / softcap)) * softcap
+    return softmax(scores.masked_fill_(~mask, -torch.inf)).to(value.dtype) @ value
 
 
 def _written_out(
@@ -262,17 +296,64 @@ def repeat_heads(x: Tensor, n_heads: int) -> Tensor:
     return x if x.shape[1] == n_heads else x.repeat_interleave(n_heads // x.shape[1], dim=1)
 
 
-def register(model: nn.Module, family: Family) -> None:
-    """Make the functions known to transformers and switch every tower of `model` to them."""
+def register(model: nn.Module, family: Family, attn: str = NAME) -> None:
+    """Make the functions known to transformers and switch every tower of `model` to one of them.
+
+    Args:
+        model: a transformers model.
+        family: its table.
+        attn: "interp", or "sdpa" or "eager" for transformers' own.
+
+    Raises:
+        ValueError: another kernel: flash and flex attention take no mask that an edit could change.
+    """
+    if attn not in KERNELS:
+        raise ValueError(
+            f"attn={attn!r}: interp runs on {', '.join(KERNELS)}; flash and flex attention make "
+            "their masks themselves, so that edges could be neither cut nor looked at"
+        )
     for name, function in ((NAME, hooked_attention), (PACKED_NAME, packed_attention)):
         AttentionInterface.register(name, function)
         AttentionMaskInterface.register(name, sdpa_mask)
-    model.set_attn_implementation(NAME)  # type: ignore[operator]
+    if (came := kernel(model)) not in (*KERNELS, None):
+        warnings.warn(
+            f"this model came with {came!r} attention, which takes no edited mask; it now attends "
+            f"through {attn!r}, whose numbers are those of exact attention",
+            stacklevel=2,
+        )
+    model.set_attn_implementation(attn)  # type: ignore[operator]
     if family.vision.packed:
         for block in cast(nn.ModuleList, module_at(model, family.vision.blocks)):
             attention: Any = module_at(block, family.vision.names.part("attn"))
             if not isinstance(attention.config, PackedConfig):
                 attention.config = PackedConfig(attention.config)
+
+
+def kernel(module: Any) -> str | None:
+    """The name of the attention function that a model, or one attention module, runs on."""
+    name = getattr(module.config, "_attn_implementation", None)
+    return NAME if name == PACKED_NAME else name
+
+
+def require(module: Any, names: Iterable[str]) -> None:
+    """Raise if hooks are asked for that the model's attention function does not carry.
+
+    Args:
+        module: the transformers model.
+        names: canonical hook names.
+
+    Raises:
+        UnknownHook: a hook of our function's, on a model that runs on a stock kernel.
+    """
+    if (attn := kernel(module)) == NAME:
+        return
+    inner = [name for name in names if name.rpartition(".attn.")[2] in ATTENTION_POINTS]
+    if inner:
+        raise UnknownHook(
+            f"{', '.join(inner[:3])}: only interp's own attention function carries "
+            f"{'these hooks' if len(inner) > 1 else 'this hook'}, and the model attends through "
+            f"{attn!r}; load it with attn={NAME!r}"
+        )
 
 
 class PackedConfig:

@@ -3,216 +3,278 @@
 An edge is a pair of sequence positions in one row of a batch. Information flows src -> dst: *src*
 is the key (the token that is looked at), *dst* the query (the token that looks). An `EdgeSet` is a
 set of such pairs, kept sparse and sorted, so that two sets built in different ways compare equal,
-hash equal and print alike; a dense mask is made only where an edit needs one.
+hash equal and print alike; a dense mask is made only where an edit needs one. In which layers and
+heads edges are cut is no matter of the set but of the edit: `Knockout(edges, layers=, heads=)`.
 
-Sets combine with `|`, `&` and `-`. Controls come from `random_like`: as many edges *per query* as
-the set itself, drawn from candidates, since cutting three edges of a token that has five hurts
-more than cutting three of eighty, whatever the edges carry.
+Sets are made from the prompt (`x.edges(src="image", dst="last")`) or from a picture's tokens
+(`x.grid.edges`, `x.grid.neighbours`), or from positions (`EdgeSet.of`, `between`, `from_mask`).
+They combine with `|`, `&` and `-`; `where(mask)` keeps what a layer's mask leaves open.
+
+Controls come from `random_like`: as many edges *per query* as the set itself, drawn from
+candidates, since cutting three edges of a token that has five hurts more than cutting three of
+eighty, whatever the edges carry; on request they also lie as far away (`match="distance"`) or carry
+as much attention (`match="attention"`), see `interp.matching`.
 
 >>> edges = EdgeSet.of([(0, 12, 40), (0, 13, 40)], n_batch=1, n_pos=64)   # (row, src, dst)
 >>> edges
 EdgeSet(2 edges, 1 query, 1 x 64 positions)
+>>> (0, 12, 40) in edges
+True
 >>> len(edges - edges)
 0
+>>> control = edges.random_like(match="count", seed=0)     # two others that query 40 sees
+>>> len(control), len(control & edges)
+(2, 0)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from interp.errors import EdgeError
+from interp.matching import by_attention, by_count, by_distance
+from interp.pairs import PairSet
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class EdgeSet:
+class EdgeSet(PairSet):
     """A set of attention edges (src -> dst) over a batch of sequences.
 
-    Attributes:
-        table: int32 `[n_edges, 3]`, columns (row of the batch, dst, src), sorted, without doubles,
-            read-only.
-        n_batch: rows of the batch.
-        n_pos: positions of the sequence.
-
-    Raises:
-        EdgeError: a row or position outside the batch.
+    `PairSet` has how it is made and combined; here is what it has to do with masks and patterns.
     """
 
-    table: np.ndarray
-    n_batch: int
-    n_pos: int
+    # -- a layer's mask and pattern --------------------------------------------------------------
 
-    def __post_init__(self) -> None:
-        table = np.asarray(self.table)
-        if table.size and (table.ndim != 2 or table.shape[1] != 3 or table.dtype.kind not in "iu"):
+    def where(self, mask: Tensor | np.ndarray) -> EdgeSet:
+        """Only the edges that a mask leaves open, in every head if it has heads.
+
+        Args:
+            mask: bool, True = may attend, `[batch, dst, src]` or `[batch, head, dst, src]`, as
+                `run["blocks.0.attn.hook_mask"]` has it; a batch of 1 stands for all rows.
+
+        Raises:
+            EdgeError: a mask of another kind or size.
+        """
+        dtype = str(mask.dtype).removeprefix("torch.")
+        if dtype != "bool":
+            raise EdgeError(f"a mask says True or False, not {dtype}; compare first (mask == 0?)")
+        kept = np.ones(len(self), dtype=bool)
+        for one in self._at(mask, "a mask"):
+            kept &= one.astype(bool)
+        return self.only(kept)
+
+    def attention(self, pattern: Tensor | np.ndarray) -> np.ndarray:
+        """Attention on each edge, `[n_edges]` float64: the mean over heads, if there are several.
+
+        Args:
+            pattern: `[batch, dst, src]` or `[batch, head, dst, src]`, as
+                `run["blocks.0.attn.hook_pattern"]` has it; one head by `pattern[:, 3]`.
+
+        Raises:
+            EdgeError: a pattern of another size, or one that is NaN on an edge.
+        """
+        total, n_heads = np.zeros(len(self)), 0
+        for one in self._at(pattern, "a pattern"):
+            total += one
+            n_heads += 1
+        total /= n_heads
+        if not np.isfinite(total).all():
+            row, dst, src = self.table[~np.isfinite(total)][0]
+            raise EdgeError(f"no number on edge src={src} -> dst={dst} in row {row} of the pattern")
+        return total
+
+    def mass(self, pattern: Tensor | np.ndarray) -> np.ndarray:
+        """Attention on each query's edges together, `[n_queries]`, in the order of `queries`."""
+        return np.bincount(self._query_number, self.attention(pattern), len(self.queries[0]))
+
+    @property
+    def _query_number(self) -> np.ndarray:
+        """`[n_edges]`: which of `queries` each edge is of."""
+        return np.repeat(np.arange(len(self.queries[1])), self.queries[1])
+
+    def _at(self, values: Tensor | np.ndarray, what: str) -> Iterator[np.ndarray]:
+        """The values on the edges, head by head: all heads together would be a large array."""
+        shape = tuple(values.shape)
+        square = (self.n_pos, self.n_pos)
+        if len(shape) not in (3, 4) or shape[0] not in (1, self.n_batch) or shape[-2:] != square:
             raise EdgeError(
-                f"a table of edges is whole numbers [n_edges, 3], not {table.dtype} "
-                f"{list(table.shape)}"
+                f"{what} of shape {list(shape)} for {self!r}; [{self.n_batch}, {self.n_pos}, "
+                f"{self.n_pos}] would do, or one with heads, [{self.n_batch}, head, ...]"
             )
-        table = table.astype(np.int64).reshape(-1, 3)
-        if len(table):
-            low, high = table.min(0), table.max(0)
-            if low.min() < 0 or high[0] >= self.n_batch or high[1:].max() >= self.n_pos:
-                bad = table[
-                    (table < 0).any(1)
-                    | (table[:, 0] >= self.n_batch)
-                    | (table[:, 1:] >= self.n_pos).any(1)
-                ][0]
-                raise EdgeError(
-                    f"edge src={bad[2]} -> dst={bad[1]} in row {bad[0]} is out of range: this "
-                    f"batch has rows 0..{self.n_batch - 1} and positions 0..{self.n_pos - 1}"
-                )
-        flat = (table[:, 0] * self.n_pos + table[:, 1]) * self.n_pos + table[:, 2]
-        flat = np.unique(flat)
-        rest, src = np.divmod(flat, self.n_pos)
-        row, dst = np.divmod(rest, self.n_pos)
-        table = np.stack([row, dst, src], axis=1).astype(np.int32)
-        table.flags.writeable = False
-        object.__setattr__(self, "table", table)
+        row = self.row if shape[0] == self.n_batch else np.zeros_like(self.row)
+        at = [row.astype(np.int64), self.dst.astype(np.int64), self.src.astype(np.int64)]
+        for head in [None] if len(shape) == 3 else range(shape[1]):
+            one = values if head is None else values[:, head]
+            if isinstance(one, Tensor):
+                on_edges = one.detach()[tuple(torch.from_numpy(a).to(one.device) for a in at)]
+                yield on_edges.double().cpu().numpy()
+            else:
+                yield np.asarray(one[tuple(at)], dtype=np.float64)
 
-    # -- making one ----------------------------------------------------------------------------
-
-    @classmethod
-    def of(cls, edges: Iterable[tuple[int, int, int]], n_batch: int, n_pos: int) -> EdgeSet:
-        """From (row, src, dst) triples, in the order in which one says them."""
-        triples = np.array(list(edges))
-        if triples.ndim == 2 and triples.shape[1] == 3:
-            triples = triples[:, [0, 2, 1]]
-        return cls(triples, n_batch, n_pos)  # which refuses any other shape
-
-    @classmethod
-    def from_mask(cls, mask: Tensor | np.ndarray) -> EdgeSet:
-        """From a boolean `[batch, dst, src]`, True where there is an edge."""
-        array = mask.cpu().numpy() if isinstance(mask, Tensor) else np.asarray(mask)
-        if array.dtype != np.bool_ or array.ndim != 3 or array.shape[1] != array.shape[2]:
-            raise EdgeError(
-                f"edges come from a bool mask [batch, dst, src], not from {array.dtype} "
-                f"{list(array.shape)}"
-            )
-        return cls(np.argwhere(array), array.shape[0], array.shape[1])
-
-    def to_mask(self, device: torch.device | str = "cpu") -> Tensor:
-        """Dense boolean `[batch, dst, src]`, True on the edges."""
-        mask = torch.zeros(self.n_batch, self.n_pos, self.n_pos, dtype=torch.bool)
-        row, dst, src = torch.from_numpy(self.table.astype(np.int64)).unbind(1)
-        mask[row, dst, src] = True
-        return mask.to(device)
-
-    # -- looking at it --------------------------------------------------------------------------
-
-    @property
-    def row(self) -> np.ndarray:
-        """Row of the batch of each edge, `[n_edges]`."""
-        return self.table[:, 0]
-
-    @property
-    def dst(self) -> np.ndarray:
-        """Query position of each edge, `[n_edges]`."""
-        return self.table[:, 1]
-
-    @property
-    def src(self) -> np.ndarray:
-        """Key position of each edge, `[n_edges]`."""
-        return self.table[:, 2]
-
-    @cached_property
-    def queries(self) -> tuple[np.ndarray, np.ndarray]:
-        """The distinct queries as `row * n_pos + dst`, and how many edges each has."""
-        ids = self.row.astype(np.int64) * self.n_pos + self.dst
-        found, counts = np.unique(ids, return_counts=True)
-        return found, counts
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, EdgeSet):
-            return NotImplemented
-        return (
-            self.n_batch == other.n_batch
-            and self.n_pos == other.n_pos
-            and np.array_equal(self.table, other.table)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.n_batch, self.n_pos, self.table.tobytes()))
-
-    def __repr__(self) -> str:
-        n, q = len(self), len(self.queries[0])
-        return (
-            f"EdgeSet({n} edge{'s' * (n != 1)}, {q} quer{'ies' if q != 1 else 'y'}, "
-            f"{self.n_batch} x {self.n_pos} positions)"
-        )
-
-    # -- combining ------------------------------------------------------------------------------
-
-    def __or__(self, other: EdgeSet) -> EdgeSet:
-        self._same_batch(other)
-        return EdgeSet(np.concatenate([self.table, other.table]), self.n_batch, self.n_pos)
-
-    def __and__(self, other: EdgeSet) -> EdgeSet:
-        self._same_batch(other)
-        return EdgeSet(self.table[np.isin(self._ids, other._ids)], self.n_batch, self.n_pos)
-
-    def __sub__(self, other: EdgeSet) -> EdgeSet:
-        self._same_batch(other)
-        return EdgeSet(self.table[~np.isin(self._ids, other._ids)], self.n_batch, self.n_pos)
-
-    @property
-    def _ids(self) -> np.ndarray:
-        row, dst, src = self.table.astype(np.int64).T
-        return (row * self.n_pos + dst) * self.n_pos + src
-
-    def _same_batch(self, other: EdgeSet) -> None:
-        if (self.n_batch, self.n_pos) != (other.n_batch, other.n_pos):
-            raise EdgeError(f"{self!r} and {other!r} are edges of different batches")
-
-    def causal(self) -> EdgeSet:
-        """Only the edges a causal mask leaves open (src <= dst)."""
-        return EdgeSet(self.table[self.src <= self.dst], self.n_batch, self.n_pos)
+    # -- controls -------------------------------------------------------------------------------
 
     def random_like(
-        self, candidates: EdgeSet, *, seed: int = 0, allow_fewer: bool = False
+        self,
+        candidates: EdgeSet | None = None,
+        *,
+        match: str = "count",
+        seed: int = 0,
+        mask: Tensor | np.ndarray | None = None,
+        pattern: Tensor | np.ndarray | None = None,
+        distance: Callable[[EdgeSet], np.ndarray] | None = None,
+        tolerance: float | None = None,
+        allow_fewer: bool = False,
     ) -> EdgeSet:
         """A control: per query as many edges as here, drawn from `candidates` without replacement.
 
         Args:
-            candidates: edges to draw from, for instance every causally visible image token.
+            candidates: edges to draw from, for instance every causally visible image token. By
+                default all that the queries see, but for this set and for themselves. With
+                "distance" and "attention" an edge of the set is never drawn, as the best stand-in
+                for an edge is the edge itself; with "count" the candidates are taken as they come.
+            match: "count" for any edges; "distance" for edges as long as the set's, with the
+                smallest sum of deviations that there is; "attention" for edges that carry together,
+                query by query, as nearly as exchanges of one for one can bring it what the set's
+                carry.
             seed: of the draw; the same seed gives the same edges.
-            allow_fewer: take all candidates of a query that has fewer than needed.
+            mask: what the queries see, as in `where`, of which candidates are left out that it
+                closes. Without it, of default candidates, a causal mask, which knows no padding;
+                for "attention", where the pattern is above 0.
+            pattern: for "attention", as in `attention`.
+            distance: for "distance", lengths of edges, NaN for those that have none: for instance
+                `x.grid.distance`, in cells. By default in positions, `|dst - src|`.
+            tolerance: how far an edge's length may be from its match, by default 1; of a query's
+                summed attention, by default 0.05.
+            allow_fewer: leave out what cannot be had: of a query that has too few candidates take
+                those there are, with "distance" leave out edges that nothing matches within the
+                tolerance, and with "attention" queries that cannot be brought within it.
 
         Raises:
-            EdgeError: a query has fewer candidates than edges, unless `allow_fewer`.
+            EdgeError: what cannot be had, unless `allow_fewer`.
+
+        Usage: `edges.random_like(match="distance", distance=x.grid.distance, mask=mask)`
         """
-        self._same_batch(candidates)
-        queries, wanted = self.queries
-        query_of = candidates.row.astype(np.int64) * self.n_pos + candidates.dst
-        order = np.lexsort((np.random.default_rng(seed).random(len(candidates)), query_of))
-        sorted_queries = query_of[order]
-        rank = np.arange(len(order)) - np.searchsorted(sorted_queries, sorted_queries)
-        at = np.minimum(np.searchsorted(queries, sorted_queries), max(len(queries) - 1, 0))
-        limit = np.where(queries[at] == sorted_queries, wanted[at], 0) if len(queries) else 0
-        taken = candidates.table[order[rank < limit]]
-        if len(taken) < len(self) and not allow_fewer:
+        if match not in ("count", "distance", "attention"):
+            raise EdgeError(f"match={match!r}; there are 'count', 'distance' and 'attention'")
+        for name, value, of in (
+            ("pattern", pattern, "attention"),
+            ("distance", distance, "distance"),
+        ):
+            if value is not None and match != of:
+                raise EdgeError(f'{name} is for match="{of}", and this is match="{match}"')
+        if match == "attention" and pattern is None:
+            raise EdgeError('match="attention" needs the pattern: pattern=run["...hook_pattern"]')
+        if tolerance is not None and (match == "count" or not tolerance >= 0):
             raise EdgeError(
-                f"only {len(taken)} candidate edges for a control of {len(self)}: some query has "
-                "fewer candidates than edges; widen the candidates or pass allow_fewer=True"
+                f"tolerance={tolerance} with match={match!r}; it is a number from 0, for "
+                "'distance' or 'attention'"
             )
-        return EdgeSet(taken, self.n_batch, self.n_pos)
+        if candidates is None:
+            pool = self._visible(mask, pattern)
+        else:
+            self.same_batch(candidates)
+            pool = candidates if mask is None else candidates.where(mask)
+            pool = pool if match == "count" else pool - self
+        queries, wanted = self.queries
+        at = np.searchsorted(queries, pool.query_of)
+        group = np.where(np.append(queries, -1)[at] == pool.query_of, at, -1)
+        rng = np.random.default_rng(seed)
+        within = ""
+        if match == "count":
+            chosen = by_count(wanted, group, rng)
+        elif match == "distance":
+            limit = 1.0 if tolerance is None else tolerance
+            chosen = self._as_long(pool, group, distance, limit, rng)
+            within = f" within {limit:g} of its edges' lengths"
+        else:
+            assert pattern is not None
+            limit = 0.05 if tolerance is None else tolerance
+            chosen = self._as_heavy(pool, group, pattern, limit, allow_fewer, rng)
+        if len(chosen) < len(self) and not allow_fewer:
+            got = np.bincount(group[chosen], minlength=len(queries))
+            row, dst = divmod(int(queries[(got < wanted).argmax()]), self.n_pos)
+            raise EdgeError(
+                f"only {len(chosen)} candidate edges for a control of {len(self)}: some query has "
+                f"fewer candidates than edges{within}, the first is position {dst} of row {row}; "
+                f"widen the candidates{' or the tolerance' * bool(within)} or pass allow_fewer=True"
+            )
+        return EdgeSet(pool.table[chosen], self.n_batch, self.n_pos)
 
-    # -- as plain data --------------------------------------------------------------------------
+    def _as_long(
+        self,
+        pool: EdgeSet,
+        group: np.ndarray,
+        distance: Callable[[EdgeSet], np.ndarray] | None,
+        limit: float,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Numbers of the edges of `pool` that are a control by distance."""
+        own, others = (_lengths(edges, distance) for edges in (self, pool))
+        if np.isnan(own).any():
+            row, dst, src = self.table[np.isnan(own)][0]
+            raise EdgeError(
+                f"edge src={src} -> dst={dst} in row {row} has no length here, so nothing "
+                "matches it; leave out distance to count in positions"
+            )
+        return by_distance(self._query_number, own, group, others, limit, rng)
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain lists and numbers; `from_json` gives an equal set back."""
-        return {"n_batch": self.n_batch, "n_pos": self.n_pos, "edges": self.table.tolist()}
+    def _as_heavy(
+        self,
+        pool: EdgeSet,
+        group: np.ndarray,
+        pattern: Tensor | np.ndarray,
+        limit: float,
+        allow_fewer: bool,
+        rng: np.random.Generator,
+    ) -> np.ndarray:
+        """Numbers of the edges of `pool` that are a control by attention."""
+        queries, wanted = self.queries
+        target, weight = self.mass(pattern), pool.attention(pattern)
+        chosen = by_attention(wanted, target, group, weight, rng)
+        sums = np.bincount(group[chosen], weight[chosen], len(queries))
+        off = np.abs(sums - target)
+        if allow_fewer:
+            return chosen[(off <= limit)[group[chosen]]]
+        # queries that lack candidates are another error, with other words
+        off[np.bincount(group[chosen], minlength=len(queries)) < wanted] = 0
+        if (off > limit).any():
+            worst = int(off.argmax())
+            row, dst = divmod(int(queries[worst]), self.n_pos)
+            raise EdgeError(
+                f"query {dst} of row {row} gives its edges {target[worst]:.3f} of its attention, "
+                f"and the nearest control {sums[worst]:.3f}: farther apart than {limit:g}; widen "
+                f"the candidates, or pass tolerance={np.ceil(off[worst] * 1e3) / 1e3:g} to take "
+                "them as they are, or allow_fewer=True to leave such queries out"
+            )
+        return chosen
 
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> EdgeSet:
-        """The set that `to_json` wrote."""
-        return cls(np.array(data["edges"]), data["n_batch"], data["n_pos"])
+    def _visible(
+        self, mask: Tensor | np.ndarray | None, pattern: Tensor | np.ndarray | None
+    ) -> EdgeSet:
+        """What this set's queries see, without this set and themselves."""
+        row, dst = np.divmod(self.queries[0], self.n_pos)
+        known = mask is not None or pattern is not None
+        n_seen = np.full(len(dst), self.n_pos) if known else dst  # else all that comes before it
+        table = np.empty((int(n_seen.sum()), 3), dtype=np.int32)
+        table[:, 0], table[:, 1] = np.repeat(row, n_seen), np.repeat(dst, n_seen)
+        table[:, 2] = np.arange(len(table)) - np.repeat(np.cumsum(n_seen) - n_seen, n_seen)
+        seen = EdgeSet(table, self.n_batch, self.n_pos)
+        if mask is not None:
+            seen = seen.where(mask)
+        elif pattern is not None:
+            seen = seen.only(seen.attention(pattern) > 0)
+        return seen.without_self() - self
+
+
+def _lengths(edges: EdgeSet, distance: Callable[[EdgeSet], np.ndarray] | None) -> np.ndarray:
+    if distance is None:
+        return np.abs(edges.dst - edges.src).astype(np.float64)
+    lengths = np.asarray(distance(edges), dtype=np.float64)
+    if lengths.shape != (len(edges),):
+        raise EdgeError(f"distance gave {list(lengths.shape)} for {len(edges)} edges")
+    return lengths

@@ -51,6 +51,10 @@ class HeadError(InterpError, IndexError):
     """A head or a layer that the model does not have."""
 
 
+class PositionError(InterpError, IndexError):
+    """Positions that the tensor at a hook does not have, or that are padding."""
+
+
 class EmptyRow(InterpError, ValueError):
     """A query that an edit leaves with no key to attend to."""
 

@@ -13,6 +13,7 @@ Everything else in the library (`run_with_cache`, studies, attribution) asks `ex
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,15 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp import attention
 from interp.edits.base import Edit
-from interp.edits.masks import MaskBook, MaskEdit
+from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, Receipts
-from interp.edits.values import ValueEdit
+from interp.edits.values import ValueEdit, check_together
 from interp.errors import EditHadNoEffect, NotRead, nearest
 from interp.hooks import canonical
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
-from interp.masking import LayerMask
+from interp.masking import RunMasks
 from interp.points import Point
 from interp.pooling import pool
 from interp.sites import fits
@@ -97,6 +99,7 @@ def execute(
     strict: bool = True,
     allow_empty_rows: bool = False,
     mass: bool = True,
+    change: bool = False,
     stop: str | None = None,
 ) -> Run:
     """Run the model once; `MLLM.run` documents the arguments (names are canonical here).
@@ -109,23 +112,26 @@ def execute(
     values = [edit for edit in edits if isinstance(edit, ValueEdit)]
     if strict and not logits:
         _reaches_a_read(model, edits, read)
+    check_together(values, model, x)
     edited = []
     for edit in values:
         edit.check(model, x)
         edited += [(name, _as_function(edit, model, x, receipts)) for name in edit.names(model)]
-    steps = _value_steps(model, x, read, [*edited, *functions], states)
+    changed = [*edited, *functions]
+    attention.require(model.module, [*read, *(name for name, _ in changed)])
+    steps = _value_steps(model, x, read, changed, states)
     if masks:
-        book = MaskBook(
+        run_masks = RunMasks(
+            model,
+            x,
             masks,
-            model.cfg.n_layers,
-            model.cfg.n_heads,
-            x.tensors["attention_mask"].cpu().numpy().astype(bool),
+            receipts,
             strict=strict,
             allow_empty_rows=allow_empty_rows,
+            mass=mass,
+            change=change,
         )
-        for layer in range(model.cfg.n_layers):
-            if book.at(layer):
-                steps += LayerMask(model, book, layer, receipts, mass).steps()
+        steps += run_masks.steps()
     if stop is not None:
         steps = [step for step in steps if step.rank <= model.hooks.rank(stop)]
     steps.sort(key=lambda step: step.rank)
@@ -143,7 +149,7 @@ def execute(
     finally:
         model.end()
     if masks:
-        book.require_effects()
+        run_masks.require_effects()
     if strict:
         _felt(values, receipts)
     receipts.sort(key=lambda receipt: model.hooks.rank(receipt.hook))
@@ -156,15 +162,13 @@ def _reaches_a_read(model: Instrumented, edits: Sequence[Edit], read: Sequence[s
     """Raise for an edit that acts only after everything that is read."""
     last = max((model.hooks.rank(name) for name in read), default=-1)
     for edit in edits:
-        if isinstance(edit, MaskEdit):
-            layers = [layer for layer in range(model.cfg.n_layers) if edit.applies(layer)]
-            names = [f"blocks.{layer}.attn.hook_mask" for layer in layers]
-        else:
-            names = edit.names(model)  # type: ignore[attr-defined]
+        names = edit.names(model)  # type: ignore[attr-defined]
         if names and model.hooks.rank(names[0]) > last:
+            first = names[0].removesuffix(".attn.hook_mask")
+            shown = ", ".join(read[-3:]) or "nothing"
             raise EditHadNoEffect(
-                f"{edit!r} acts from {names[0].removesuffix('.attn.hook_mask')} on, after everything "
-                f"that is read ({', '.join(read) or 'nothing'}), and the logits are not wanted"
+                f"{edit!r} acts from {first} on, after everything that is read "
+                f"({shown}), and the logits are not wanted"
             )
 
 
@@ -177,30 +181,39 @@ def _as_function(
         name = str(hook.name)
         after = edit.change(value, name, model, x)
         fits(name, after, value)
-        changed = (after != value).flatten(2).any(-1) if value.ndim > 2 else after != value
-        size = float((after - value).float().norm() / value.float().norm().clamp_min(1e-30))
-        block = name.split(".blocks.")[-1].removeprefix("blocks.").split(".")[0]
+        changed = int(((after != value) & ~(after.isnan() & value.isnan())).any(-1).sum())
+        # scores have minus infinity where the mask closes them, before and after
+        before, moved = (t.float().nan_to_num(0, 0, 0) for t in (value, after - value))
         receipts.append(
             Receipt(
                 edit=repr(edit),
                 hook=name,
-                layer=int(block) if block.isdigit() else None,
+                layer=hook.layer() if "blocks." in name else None,
                 asked=edit.n_selected(value, name, model, x),
                 open=None,
-                changed=int(changed.sum()),
-                size=size,
+                changed=changed,
+                size=float(moved.norm() / before.norm().clamp_min(1e-30)),
             )
         )
-        return after if bool(changed.any()) else None
+        return after if changed else None
 
     return function
 
 
 def _felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> None:
-    """Raise for a value edit that changed nothing anywhere."""
+    """Raise for a value edit that changed nothing anywhere.
+
+    Of edits that print alike each has its receipt at every hook, in the order of the edits.
+    """
+    alike = Counter[str]()
     for edit in edits:
-        own = [receipt for receipt in receipts if receipt.edit == repr(edit)]
-        if own and not any(receipt.changed for receipt in own):
+        at_hook: dict[str, list[Receipt]] = {}
+        for receipt in receipts:
+            if receipt.edit == repr(edit):
+                at_hook.setdefault(receipt.hook, []).append(receipt)
+        own = [some[alike[repr(edit)]] for some in at_hook.values()]
+        alike[repr(edit)] += 1
+        if not any(receipt.changed for receipt in own):
             raise EditHadNoEffect(
                 f"{edit!r} changes nothing: what it writes is there already at "
                 f"{', '.join(receipt.hook for receipt in own[:3])}; pass strict=False to let that "
@@ -224,7 +237,8 @@ def _value_steps(
         def act() -> None:
             site = model.hook(name)
             value = site.output
-            before = value.clone() if edits and name == "hook_embed" else value
+            partly = edits and name in ("hook_embed", model.adapter_reads)
+            before = value.clone() if partly else value
             off_path = bool(edits) and model.off_path(name)
             for edit in edits:
                 kept = value.clone() if off_path else value
@@ -238,8 +252,8 @@ def _value_steps(
                     fits(name, edited, value)
                     site.output = edited
                     value = site.output
-            if edits and name == "hook_embed":
-                _not_only_placeholders(before, value, x)
+            if partly:
+                _goes_on(name, before, value, x)
             if keep:
                 # blocks hand the same tensor on (resid_post of one is resid_pre of the next), so
                 # where functions may write in place, what was read before must be a copy
@@ -251,11 +265,22 @@ def _value_steps(
     return [step(name, edits, name in wanted) for name, edits in by_name.items()]
 
 
-def _not_only_placeholders(before: Tensor, after: Tensor, x: Inputs) -> None:
-    """`hook_embed` at image positions is overwritten by the adapter's output."""
+def _goes_on(name: str, before: Tensor, after: Tensor, x: Inputs) -> None:
+    """Raise for an edit at positions only that nothing reads on.
+
+    At image positions `hook_embed` is overwritten; CLS is dropped behind the stage that the adapter
+    reads.
+    """
     changed = (before != after).any(-1).cpu().numpy()
-    if changed.any() and not (changed & ~x.grid.is_placeholder).any():
+    embed = name == "hook_embed"
+    if not embed and x.adapter.n_pos == x.patches.n_pos:
+        return  # CLS and all go into the adapter
+    read = ~x.grid.is_placeholder if embed else x.patches.is_placeholder
+    if changed.any() and not (changed & read).any():
         raise EditHadNoEffect(
             "an edit of hook_embed at image tokens only cannot reach the logits: placeholders are "
             "overwritten by the adapter's output; edit adapter.hook_out"
+            if embed
+            else f"an edit of {name!r} at the CLS token only cannot reach the logits: the adapter "
+            "drops it; edit it in an earlier block"
         )

@@ -28,6 +28,7 @@ from torch import Tensor
 from interp.errors import ImageError
 from interp.families import Family
 from interp.grids import build_grids
+from interp.prompt import Prompt
 from interp.tokens import TokenGrid
 
 Picture = Image.Image | np.ndarray | str | os.PathLike[str]
@@ -37,8 +38,8 @@ OPTIONAL = ("pixel_attention_mask", "batch_num_images")
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """A prepared batch.
+class Inputs(Prompt):
+    """A prepared batch; places in it by name, and edges between them, are `interp.prompt`'s.
 
     Attributes:
         tensors: keyword arguments of the model's forward (`input_ids`, `pixel_values`, ...).
@@ -46,6 +47,7 @@ class Inputs:
         prompts: the text of each row, as the processor was given it; empty for ready-made tensors.
         patches: the same pictures' patches, in the states of the vision tower's blocks.
         adapter: the same pictures' vectors in `adapter.hook_out`.
+        bos_token: the id of the token that begins a text, if there is one.
     """
 
     tensors: dict[str, Tensor]
@@ -53,6 +55,7 @@ class Inputs:
     prompts: tuple[str, ...]
     patches: TokenGrid
     adapter: TokenGrid
+    bos_token: int | None = None
 
     def __len__(self) -> int:
         return int(self.tensors["input_ids"].shape[0])
@@ -79,15 +82,6 @@ class Inputs:
         """
         grids = {name: getattr(self, name).select(view) for name in ("grid", "patches", "adapter")}
         return replace(self, **grids)
-
-    @property
-    def is_text(self) -> np.ndarray:
-        """`[batch, pos]` bool: tokens of the prompt that no picture fills and that are no padding.
-
-        Newline and CLS tokens of a picture are none: they are `grid.fillers`.
-        """
-        attended = self.tensors["attention_mask"].cpu().numpy().astype(bool)
-        return np.asarray(attended & ~self.grid.is_placeholder)
 
 
 def prepare(
@@ -205,7 +199,10 @@ def _assemble(
     tensors = {n: tensors[n] for n in (*family.COMMON, *family.inputs) if n in tensors}
     layouts = family.layout(config, processor, tensors, sizes, tiles)
     grids = build_grids(ids.cpu().numpy(), config.image_token_id, layouts)
-    return Inputs(tensors, grids.llm, prompts, grids.vision, grids.adapter)
+    # the tokenizer knows better: a text model's configuration may have its class's default
+    knows = getattr(processor, "tokenizer", None) or config.get_text_config()
+    bos = getattr(knows, "bos_token_id", None)
+    return Inputs(tensors, grids.llm, prompts, grids.vision, grids.adapter, bos)
 
 
 def _with_settings(processor: Any, settings: Mapping[str, Any]) -> Any:
@@ -272,7 +269,7 @@ def _picture(image: Picture) -> Image.Image:
         )
     if image.mode.startswith(("I", "F")) or not min(image.size):
         raise ImageError(
-            f"a picture of mode {image.mode!r} and {image.size[0]} x {image.size[1]} pixels: Pillow "
+            f"a picture of mode {image.mode!r}, {image.size[0]} x {image.size[1]} pixels: Pillow "
             "would clip its values; give 8 bits a channel, and at least one pixel"
         )
     return image.convert("RGB")

@@ -62,7 +62,9 @@ class Instrumented(LanguageWeights):
         cfg: its sizes.
     """
 
-    def __init__(self, module: nn.Module, processor: Any = None) -> None:
+    def __init__(
+        self, module: nn.Module, processor: Any = None, attn: str = attention.NAME
+    ) -> None:
         self.family = family_of(module)
         self.family.check(module)
         self.module = module
@@ -78,7 +80,7 @@ class Instrumented(LanguageWeights):
             vision_ln_final=bool(self.family.vision.final_norm),
         )
         points.attach(module, self.family)
-        attention.register(module, self.family)
+        attention.register(module, self.family, attn)
         self.nn = Traced(module)
         points.listen(module, self.nn)
 
@@ -86,7 +88,8 @@ class Instrumented(LanguageWeights):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Instrumented:
         """Another model with weights of its own, and hooks that are its own."""
-        return type(self)(copy.deepcopy(self.module, memo), self.processor)
+        module = copy.deepcopy(self.module, memo)
+        return type(self)(module, self.processor, attention.kernel(self.module) or attention.NAME)
 
     def begin(self) -> None:
         """Take the model for one run; other threads wait until `end`.
@@ -148,6 +151,7 @@ class Instrumented(LanguageWeights):
         """A hook inside a trace: `.output` reads it, assigning or editing in place writes it."""
         self.hooks.rank(name)
         name = canonical(name)
+        attention.require(self.module, [name])
         d_head = self.cfg.d_vision_head if name.startswith("vision.") else self.cfg.d_head
         place = self.family.place(name, d_head)
         return Site(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from interp.edits.base import Edit
 from interp.errors import EditHadNoEffect, HeadError, UnknownHook
 from interp.execution import HookFunction, Run, execute
+from interp.generation import Generation, generate
 from interp.hooks import Pattern
 from interp.inputs import Inputs, Picture, from_tensors, prepare
 from interp.instrumented import Instrumented
@@ -48,6 +49,7 @@ class MLLM(Instrumented):
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
+        attn: str = "interp",
         **options: Any,
     ) -> MLLM:
         """Load a model.
@@ -60,6 +62,8 @@ class MLLM(Instrumented):
             device: where to put the model, for instance "cuda".
             dtype: of the weights; as they were saved if None.
             trust_remote_code: run code from the model's repository. Off unless asked for.
+            attn: "interp", or the stock kernels "sdpa" or "eager", on which mask edits work but the
+                hooks inside attention do not exist.
             options: passed on to transformers' `from_pretrained`: `revision`, `device_map="auto"`,
                 `max_memory`, `quantization_config`, `token`; also `load_in_4bit=True` and
                 `load_in_8bit=True`, where bitsandbytes is installed.
@@ -76,7 +80,7 @@ class MLLM(Instrumented):
             trust_remote_code=trust_remote_code,
             **options,
         )
-        return cls(module, found)
+        return cls(module, found, attn)
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -130,6 +134,7 @@ class MLLM(Instrumented):
         strict: bool = True,
         allow_empty_rows: bool = False,
         mass: bool = True,
+        change: bool = False,
     ) -> Run:
         """Run once, with edits, and read. No gradients; a bare `trace` has them.
 
@@ -142,6 +147,7 @@ class MLLM(Instrumented):
             allow_empty_rows: let an edit leave queries with nothing to attend to.
             mass: put the attention mass of edited edges into the receipts; costs a product of
                 queries and keys an edited layer.
+            change: put the relative change of each edited layer's `hook_z` into them, too.
 
         Raises:
             UnknownHook, HeadError, EdgeError, EditHadNoEffect, EmptyRow: see `interp.errors`.
@@ -159,6 +165,7 @@ class MLLM(Instrumented):
             strict=strict,
             allow_empty_rows=allow_empty_rows,
             mass=mass,
+            change=change,
         )
 
     def run_with_cache(
@@ -271,14 +278,39 @@ class MLLM(Instrumented):
 
         return bridge(self)
 
-    def generate(self, x: Inputs, *, max_new_tokens: int = 64, **kwargs: Any) -> list[str]:
-        """Answer in words: one text a row, without the prompt. Greedy unless asked otherwise."""
-        processor = self.needed_processor()
-        kwargs = {"do_sample": False, **kwargs, "max_new_tokens": max_new_tokens}
-        with torch.no_grad():
-            ids = self.module.generate(**self.to_device(x), **kwargs)  # type: ignore[operator]
-        new = ids[:, x.n_pos :]
-        return list(processor.batch_decode(new, skip_special_tokens=True))
+    @overload
+    def generate(
+        self, x: Inputs, *edits: Edit, details: Literal[False] = False, **settings: Any
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self, x: Inputs, *edits: Edit, details: Literal[True], **settings: Any
+    ) -> Generation: ...
+    def generate(
+        self,
+        x: Inputs,
+        *edits: Edit,
+        max_new_tokens: int = 64,
+        seed: int | None = None,
+        details: bool = False,
+        **settings: Any,
+    ) -> list[str] | Generation:
+        """Answer in words: one text a row, without the prompt. Greedy unless asked otherwise.
+
+        Args:
+            x: a prepared batch.
+            edits: mask edits; an edge stays cut while the answer is written, and
+                `interp.generation.answer_edges` makes edges to positions written later.
+            max_new_tokens: of the answer.
+            seed: of the draws, with `do_sample=True`.
+            details: return ids, logits and receipts, too.
+            settings: `interp.generation.generate` documents them.
+        """
+        _check_call(x, edits)
+        if not details:
+            self.needed_processor()
+        made = generate(self, x, edits, max_new_tokens=max_new_tokens, seed=seed, **settings)
+        return made if details else list(made.texts or [])
 
 
 def _all_but_results(name: str) -> bool:
@@ -298,4 +330,4 @@ def _check_call(x: Any, edits: Sequence[Any]) -> None:
                 hint = "to read hooks pass read=..."
             elif isinstance(edit, list) and all(isinstance(one, Edit) for one in edit):
                 hint = "give edits one by one, or as *edits"
-            raise TypeError(f"{edit!r} is no edit; Knockout(edges) and Unmask(edges) are; {hint}")
+            raise TypeError(f"{edit!r} is no edit; Knockout(edges) and Ablate(hook) are; {hint}")

@@ -159,7 +159,7 @@ def test_w_o_writes_what_hook_result_reads(rand, rx):
 
 
 def test_run_refuses_what_is_no_edit_and_nothing_to_do(rand, rx):
-    with pytest.raises(TypeError, match=r"is no edit; Knockout\(edges\) and Unmask\(edges\) are"):
+    with pytest.raises(TypeError, match=r"is no edit; Knockout\(edges\) and Ablate\(hook\) are"):
         rand.run(rx, rx.grid.edges(0, 1))
     with pytest.raises(ValueError, match="nothing to do: no read, no edit, and logits=False"):
         rand.run(rx, logits=False)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from interp.edges import EdgeSet
 from interp.errors import EdgeError
 from interp.families.geometry import Geometry
 from interp.grids import build_grids
@@ -352,3 +358,221 @@ def test_edges_where_reads_a_mask_over_tokens_as_dst_by_src():
 def test_token_that_does_not_exist_is_refused(tokens, says):
     with pytest.raises(EdgeError, match=says):
         grid_of().edges(src=tokens, dst=0)
+
+
+# -- which tokens ----------------------------------------------------------------------------------
+
+
+def pictures() -> TokenGrid:
+    """One row: two words, a picture of 3 x 4 tokens of 10 x 20 px, a word, one of 2 x 2 of 5 x 5,
+    three positions more."""
+    ids = np.zeros((1, 22), dtype=int)
+    ids[0, 2:14] = ids[0, 15:19] = IMAGE_TOKEN
+    first = Layout((40, 60), 12, (view((3, 4), (40, 60)),))
+    second = Layout((10, 10), 4, (view((2, 2), (10, 10)),))
+    return build_grids(ids, IMAGE_TOKEN, [first, second]).llm
+
+
+def test_tokens_by_cell_stand_in_that_row_and_column():
+    grid = pictures()
+    corner, cells = grid.at((0, 1)), grid.at([(2, 3), (0, 0)], image=0)
+    assert grid.position[corner].tolist() == [3, 16]
+    assert grid.cell[cells].tolist() == [[0, 0], [2, 3]]
+    assert grid.image[cells].tolist() == [0, 0]
+    tiled = two_views()
+    assert tiled.position[tiled.at((1, 2), view="tiles", image=0)].tolist() == [11]
+    assert tiled.select("finest").at((1, 1)).sum() == 2
+
+
+@given(st.tuples(*[st.floats(-5, 45)] * 2), st.tuples(*[st.floats(1, 50)] * 2), st.integers(0, 1))
+@settings(max_examples=60)
+def test_tokens_inside_a_box_are_those_of_its_pixels(corner, size, image):
+    grid = pictures()
+    box = (*corner, corner[0] + size[0], corner[1] + size[1])
+    for how in ("centre", "whole", "any"):
+        naive = []
+        for token in range(len(grid)):
+            left, top, right, bottom = grid.box[token]
+            inside = {
+                "centre": box[0] <= (left + right) / 2 < box[2]
+                and box[1] <= (top + bottom) / 2 < box[3],
+                "whole": box[0] <= left and right <= box[2] and box[1] <= top and bottom <= box[3],
+                "any": max(box[0], left) < min(box[2], right)
+                and max(box[1], top) < min(box[3], bottom),
+            }[how]
+            naive.append(inside and grid.image[token] == image)
+        if any(naive):
+            assert grid.inside(box, how=how, image=image).tolist() == naive
+        else:
+            with pytest.raises(EdgeError, match=f"no token of image {image}"):
+                grid.inside(box, how=how, image=image)
+
+
+def test_tokens_of_a_class_are_those_that_labels_gives_it():
+    grid = grid_of()
+    for label in (0, 1, 2):
+        assert grid.of_class(MASK, label).tolist() == (grid.labels(MASK, 3) == label).tolist()
+    assert grid.of_class(MASK, 1, pure=0.75).tolist() == [False] * 3 + [True] + [False] * 2
+    # segments: numbers as they come, on both sides of the label that is none
+    segments = np.where(MASK == IGNORE, IGNORE, MASK * 200 + 100)
+    for label in (0, 1, 2):
+        assert np.array_equal(
+            grid.of_class(segments, label * 200 + 100), grid.of_class(MASK, label)
+        )
+    many = np.arange(400).reshape(20, 20)  # more segments than the label that is none
+    many[many == IGNORE] = 1000
+    many[0, 3] = IGNORE
+    cells = grid_of((20, 20), (20, 20))
+    for token in (0, 254, 256, 257, 399):
+        assert np.flatnonzero(cells.of_class(many, many.flat[token])).tolist() == [token]
+    two = grid_of(n_images=2)
+    assert two.of_class([MASK, MASK * 0 + 2], 2).tolist() == [False] * 5 + [True] * 7
+
+
+def test_regions_are_connected_by_sides_within_a_view():
+    grid = grid_of((4, 4), (4, 4), n_images=2)
+    labels = np.array([0, 0, 1, 0, 1, 0, 1, 0, 1, 1, 0, 0, IGNORE, 0, 0, 1])
+    regions = grid.regions(np.tile(labels, 2))
+    naive = naive_regions(labels.reshape(4, 4))
+    first, second = regions[:16], regions[16:]
+    for part in (first, second):
+        same = part[:, None] == part[None]
+        assert np.array_equal(same, naive[:, None] == naive[None])
+        assert part[12] == -1
+    assert not set(first) & set(second) - {-1}
+    assert sorted(set(regions) - {-1}) == list(range(regions.max() + 1))
+
+
+def naive_regions(labels: np.ndarray) -> np.ndarray:
+    """By filling, one cell after the other."""
+    out = np.full(labels.shape, -1)
+    for start in np.ndindex(labels.shape):
+        todo = [start] if out[start] < 0 and labels[start] != IGNORE else []
+        while todo:
+            y, x = todo.pop()
+            out[y, x] = start[0] * 4 + start[1]
+            for at in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if min(at) >= 0 and max(at) < 4 and out[at] < 0 and labels[at] == labels[start]:
+                    todo.append(at)
+    return out.ravel()
+
+
+def test_edges_take_tokens_of_the_whole_batch_image_by_image():
+    grid = pictures()
+    tokens = grid.at((0, 1)) | grid.inside((0, 0, 6, 6), image=1)
+    edges = grid.edges(src=tokens, dst=torch.tensor(grid.at((1, 1))))
+    assert list(edges) == [(0, 3, 7), (0, 15, 18), (0, 16, 18)]
+    assert list(grid.edges(src=tokens, dst=3, image=1)) == [(0, 15, 18), (0, 16, 18)]
+    assert grid.mark(tokens)[0].nonzero()[0].tolist() == [3, 15, 16]
+    only_second = grid.edges(src=grid.image == 1, dst=None)
+    assert only_second == grid.image_block(1)
+
+
+# -- edges by where tokens lie ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grid", [two_views(), pictures()], ids=["views", "pictures"])
+@pytest.mark.parametrize("radius", [1, 1.5, 2, 3, 99])
+@pytest.mark.parametrize("metric", ["chebyshev", "euclid"])
+def test_neighbours_are_the_tokens_of_a_view_within_a_radius(grid, radius, metric):
+    naive = set()
+    for a, b in itertools.permutations(range(len(grid)), 2):
+        dy, dx = abs(grid.cell[a] - grid.cell[b])
+        away = max(dy, dx) if metric == "chebyshev" else (dy**2 + dx**2) ** 0.5
+        if grid.view[a] == grid.view[b] and away <= radius:
+            naive.add((grid.row[a], grid.position[a], grid.position[b]))
+    found = grid.neighbours(radius, metric=metric)
+    assert set(found) == naive
+    own = grid.row[grid.of_image(1)[0]], set(grid.position[grid.of_image(1)])
+    in_second = {e for e in naive if e[0] == own[0] and {e[1], e[2]} <= own[1]}
+    assert set(grid.neighbours(radius, metric=metric, image=1)) == in_second
+    # and the distance of an edge is what it was chosen by
+    assert (grid.distance(found, metric=metric) <= radius).all()
+    others = grid.distance(grid.image_block() - found, metric=metric)
+    assert not (others[others > 0] <= radius).any()
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 9])
+def test_look_ahead_opens_what_is_closed_as_far_as_so_many_rows_below(rows):
+    for grid in (two_views(), pictures(), tiles_in_turn()):
+        naive = {
+            (grid.row[a], grid.position[a], grid.position[b])
+            for a, b in itertools.permutations(range(len(grid)), 2)
+            if grid.view[a] == grid.view[b]
+            and grid.position[a] > grid.position[b]
+            and grid.cell[a][0] - grid.cell[b][0] <= rows
+        }
+        ahead = grid.look_ahead(rows)
+        assert set(ahead) == naive
+        assert not len(ahead.causal())
+        if rows == 9 and len(grid.shapes) == grid.n_images:
+            assert ahead | grid.image_block().causal() == grid.image_block()
+    assert len(two_views().look_ahead(rows, image=1)) == [2, 6, 6, 6][min(rows, 3)]
+
+
+def tiles_in_turn() -> TokenGrid:
+    """One row, a picture of 2 x 4 tokens, of which the left half comes first, then the right."""
+    ids = np.full((1, 8), IMAGE_TOKEN)
+    slots = np.array([0, 1, 4, 5, 2, 3, 6, 7])
+    return build_grids(ids, IMAGE_TOKEN, [Layout((8, 4), 8, (view((2, 4), (8, 4), slots=slots),))])[
+        0
+    ]
+
+
+def test_distance_of_edges_that_join_no_two_cells_of_a_view_is_no_number():
+    grid = two_views()
+    edges = EdgeSet.of([(0, 4, 10), (0, 2, 4), (0, 0, 4), (0, 4, 8), (1, 1, 4)], 2, 14)
+    found = dict(zip(edges, grid.distance(edges), strict=True))
+    assert found[0, 4, 10] == pytest.approx(2**0.5)
+    assert found[1, 1, 4] == pytest.approx(2**0.5)
+    assert np.isnan([found[0, 2, 4], found[0, 0, 4], found[0, 4, 8]]).all()
+
+
+def test_control_of_as_distant_edges_keeps_every_querys_distances():
+    """On 12 x 12 cells, what is three cells away has other cells three cells away to stand in."""
+    grid = grid_of((12, 12), (48, 48))
+    ring = (grid.neighbours(4) - grid.neighbours(3)).causal()
+    edges = EdgeSet(ring.table[::3], 1, grid.n_pos)
+    long = functools.partial(grid.distance, metric="chebyshev")
+    control = edges.random_like(match="distance", distance=long, tolerance=0, allow_fewer=True)
+    assert len(control) > 0.9 * len(edges)
+    assert (grid.distance(control, metric="chebyshev") == 4).all()
+    assert not len(control & edges)
+    chosen = grid.is_image[control.row, control.src]
+    assert chosen.all()  # words have no distance in cells
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda g: g.at((3, 0)), r"no cell \(3, 0\) in image 0, which has 3 x 4"),
+        (lambda g: g.at((2, 0)), r"no cell \(2, 0\) in image 1, which has 2 x 2"),
+        (lambda g: g.at((0, -1)), r"no cell \(0, -1\)"),
+        (lambda g: g.at((0.5, 1)), r"\(row, column\), one or several, not float64"),
+        (lambda g: g.at([0, 1, 2]), r"not int64 \[3\]"),
+        (lambda g: two_views().at((0, 0)), "has base and tiles, .*view='tiles' would do, not None"),
+        (lambda g: two_views().at((0, 0), view="tiles"), "image 1 has base, .*not 'tiles'"),
+        (lambda g: g.inside((0, 0, 0.5, 0.5)), r"no token of image 0 .*40 x 60 pixels"),
+        (lambda g: g.inside((5, 0, 5, 9)), r"left, top, right, bottom"),
+        (lambda g: g.inside((5, 0, 9)), r"left, top, right, bottom"),
+        (lambda g: g.inside((0, 0, 40, 60), how="center"), "how='center'; there are 'centre'"),
+        (lambda g: g.neighbours(0), "radius=0 reaches no neighbour"),
+        (lambda g: g.neighbours(2, metric="l2"), "metric='l2'; there are 'chebyshev' and"),
+        (lambda g: g.look_ahead(-1), "rows=-1; 0 is the rest"),
+        (lambda g: g.distance(grid_of().edges(0, 1)), "1 x 8 positions. for a grid in 1 x 22"),
+        (lambda g: g.mark(np.arange(3)), r"16 bools, not int64 \[3\]"),
+        (lambda g: g.edges(src=np.ones(12, bool), dst=0), r"4 bools, not bool \[12\]"),
+    ],
+)
+def test_places_that_a_grid_does_not_have_are_refused(call, says):
+    with pytest.raises(EdgeError, match=says):
+        call(pictures())
+
+
+def test_class_or_labels_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="label 7 is in no mask; they hold 0, 1, 2"):
+        grid_of().of_class(MASK, 7)
+    with pytest.raises(ValueError, match="label 255 is in no mask"):
+        grid_of().of_class(MASK, IGNORE)
+    with pytest.raises(ValueError, match=r"\[5\] labels for 6 tokens"):
+        grid_of().regions(np.zeros(5))

@@ -84,6 +84,7 @@ class Bench:
         bridge: the TransformerBridge.
         tensors: the model's inputs, on its device and in its precision.
         edges: what the knockout cuts, 24 queries times 48 keys (fewer in the quick model).
+        dense: every second edge from an earlier image token to a later one.
     """
 
     ours: MLLM
@@ -95,6 +96,7 @@ class Bench:
     bridge: Any
     tensors: dict[str, Tensor]
     edges: EdgeSet
+    dense: EdgeSet
 
     @classmethod
     def build(cls, size: Size, *, dtype: torch.dtype, device: str) -> Bench:
@@ -104,18 +106,10 @@ class Bench:
         plain.set_attn_implementation("sdpa")
         eager = copy.deepcopy(plain)
         eager.set_attn_implementation("eager")
-        ours = MLLM.load(copy.deepcopy(plain), processor=processor)
-        pixels = np.random.default_rng(0).integers(0, 256, (size.side * PATCH,) * 2 + (3,))
-        picture = Image.fromarray(pixels.astype(np.uint8))
-        n_words = size.n_pos - size.side**2
-        prompt = " ".join(["<image>", *(WORDS * n_words)[:n_words]])
-        x = ours.prepare(picture, prompt)
-        tensors = ours.to_device(x)
-        x = replace(x, tensors=tensors)  # no run pays for moving its inputs
-        if x.n_pos != size.n_pos:
-            raise RuntimeError(f"the prompt has {x.n_pos} tokens instead of {size.n_pos}")
+        ours, x, edges = _ours(copy.deepcopy(plain), processor, size)
         n = size.side**2
-        edges = x.grid.edges(src=range(min(48, n // 2)), dst=range(n - min(24, n // 4), n))
+        token = np.arange(n)
+        before = token < token[:, None]  # [dst, src]
         return cls(
             ours=ours,
             x=x,
@@ -124,8 +118,9 @@ class Bench:
             traced=nnsight.NNsight(copy.deepcopy(plain)),
             traced_eager=nnsight.NNsight(copy.deepcopy(eager)),
             bridge=_bridge(copy.deepcopy(plain), processor),
-            tensors=tensors,
+            tensors=x.tensors,
             edges=edges,
+            dense=x.grid.edges_where((before & ((token + token[:, None]) % 2 == 1))[None]),
         )
 
     @property
@@ -210,6 +205,27 @@ def count_forwards(call: Callable[[], Any]) -> int:
     finally:
         handle.remove()
     return count
+
+
+def medium(size: Size, *, dtype: torch.dtype, device: str) -> tuple[MLLM, Inputs, EdgeSet]:
+    """The model under this library alone, what it is run on, and what a knockout cuts."""
+    plain, processor = _llava(size)
+    return _ours(plain.eval().to(device, dtype), processor, size)
+
+
+def _ours(module: Any, processor: Any, size: Size) -> tuple[MLLM, Inputs, EdgeSet]:
+    ours = MLLM.load(module, processor=processor)
+    pixels = np.random.default_rng(0).integers(0, 256, (size.side * PATCH,) * 2 + (3,))
+    picture = Image.fromarray(pixels.astype(np.uint8))
+    n = size.side**2
+    n_words = size.n_pos - n
+    prompt = " ".join(["<image>", *(WORDS * n_words)[:n_words]])
+    x = ours.prepare(picture, prompt)
+    x = replace(x, tensors=ours.to_device(x))  # no run pays for moving its inputs
+    if x.n_pos != size.n_pos:
+        raise RuntimeError(f"the prompt has {x.n_pos} tokens instead of {size.n_pos}")
+    edges = x.grid.edges(src=range(min(48, n // 2)), dst=range(n - min(24, n // 4), n))
+    return ours, x, edges
 
 
 def _llava(size: Size) -> tuple[Any, Any]:

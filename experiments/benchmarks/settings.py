@@ -21,6 +21,7 @@ from peers import Bench, all_blocks, hooked, plain, text_blocks
 from torch import Tensor
 
 from interp import Knockout
+from interp.edges import EdgeSet
 
 Result = tuple[Tensor, list[Tensor]]
 Call = Callable[[], Result]
@@ -146,24 +147,50 @@ def one_pattern_edited(b: Bench) -> Row:
 
 def _knockout(b: Bench, *, mass: bool) -> Row:
     """Cut the edges in one head a layer, another head in every layer."""
-    edges = b.edges
-    cut = [Knockout(edges, layers=i, heads=i % b.n_heads) for i in range(b.n_layers)]
+    cut = [Knockout(b.edges, layers=i, heads=i % b.n_heads) for i in range(b.n_layers)]
+    return _cut(b, cut, b.edges, lambda layer: layer % b.n_heads, mass=mass)
+
+
+def _dense(b: Bench, *, mass: bool) -> Row:
+    """Cut half of all edges between image tokens, in all heads of all layers."""
+    return _cut(b, [Knockout(b.dense)], b.dense, lambda layer: None, mass=mass)
+
+
+def _cut(
+    b: Bench,
+    cut: list[Knockout],
+    edges: EdgeSet,
+    head: Callable[[int], int | None],
+    *,
+    mass: bool,
+) -> Row:
+    """A row of edges cut in one head of a layer, or in all of them (None)."""
     dst, src = (torch.tensor(at) for at in (edges.dst, edges.src))
+    heads = [slice(None) if head(i) is None else head(i) for i in range(b.n_layers)]
+    known: dict[str, Tensor] = {}
 
     def masked(mask: Tensor | None, layer: int) -> Tensor:
         n_pos = b.x.n_pos
         if mask is None:  # causal by SDPA's flag
             mask = torch.ones(n_pos, n_pos, dtype=torch.bool, device=b.sdpa.device).tril()[None]
         closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-        mask = mask.expand(1, b.n_heads, n_pos, n_pos).clone()
-        mask[:, layer % b.n_heads, dst, src] = closed
+        mask = mask.expand(1, 1 if head(layer) is None else b.n_heads, n_pos, n_pos).clone()
+        mask[:, heads[layer], dst, src] = closed
         return mask
+
+    def once(mask: Tensor | None, layer: int) -> Tensor:
+        """The mask of a layer; of all layers where all are the same."""
+        if head(layer) is not None:
+            return masked(mask, layer)
+        if layer == 0:
+            known["mask"] = masked(mask, layer)
+        return known["mask"]
 
     def torch_hooks(module: Any) -> Result:
         attentions = [block.self_attn for block in text_blocks(module)]
 
         def pre_hook(attention: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            mask = masked(kwargs["attention_mask"], attention.layer_idx)
+            mask = once(kwargs["attention_mask"], attention.layer_idx)
             return args, {**kwargs, "attention_mask": mask}
 
         with hooked(attentions, pre_hook, before=True):
@@ -174,14 +201,14 @@ def _knockout(b: Bench, *, mass: bool) -> Row:
         with torch.no_grad(), b.traced.trace(**b.tensors, use_cache=False):
             for layer, block in enumerate(text_blocks(b.traced)):
                 args, kwargs = block.self_attn.inputs
-                mask = masked(kwargs["attention_mask"], layer)
+                mask = once(kwargs["attention_mask"], layer)
                 block.self_attn.inputs = (args, {**kwargs, "attention_mask": mask})
             out["logits"] = b.traced.output.logits
         return out["logits"], []
 
     def closing(layer: int) -> Callable[..., Tensor]:
         def close(scores: Tensor, hook: Any) -> Tensor:
-            scores[:, layer % b.n_heads, dst, src] = torch.finfo(scores.dtype).min
+            scores[:, heads[layer], dst, src] = torch.finfo(scores.dtype).min
             return scores
 
         return close
@@ -204,6 +231,17 @@ def knockout(b: Bench) -> Row:
 @setting("knockout with attention mass in receipts", goal=1.15, edits=True)
 def knockout_with_mass(b: Bench) -> Row:
     row = _knockout(b, mass=True)
+    return {peer: call if peer == "interp" else NO_RECEIPTS for peer, call in row.items()}
+
+
+@setting("dense edges cut in every layer", edits=True)
+def dense(b: Bench) -> Row:
+    return _dense(b, mass=False)
+
+
+@setting("dense edges cut, mass in receipts", edits=True)
+def dense_with_mass(b: Bench) -> Row:
+    row = _dense(b, mass=True)
     return {peer: call if peer == "interp" else NO_RECEIPTS for peer, call in row.items()}
 
 

@@ -11,11 +11,9 @@ and comes back. Layers and heads are whole numbers, one or several, or None for 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
-
-import numpy as np
 
 from interp.errors import HeadError
 
@@ -56,8 +54,12 @@ class Edit:
         raise NotImplementedError
 
 
-def edit_from_json(data: dict[str, Any]) -> Edit:
+def edit_from_json(data: dict[str, Any], **given: Any) -> Edit:
     """The edit that `to_json` wrote.
+
+    Args:
+        data: what it wrote.
+        given: what JSON does not hold (`from_=run` of a Patch).
 
     Raises:
         ValueError: an unknown kind of edit.
@@ -65,7 +67,7 @@ def edit_from_json(data: dict[str, Any]) -> Edit:
     kind = Edit.KINDS.get(data.get("edit", ""))
     if kind is None:
         raise ValueError(f"no edit {data.get('edit')!r}; there are {sorted(Edit.KINDS)}")
-    return kind.from_json(data)
+    return kind.from_json(data, **given)
 
 
 def window(center: int, width: int) -> range:
@@ -80,6 +82,36 @@ def window(center: int, width: int) -> range:
             "that there is a centre, and the centre a layer"
         )
     return range(max(0, center - width // 2), center + width // 2 + 1)
+
+
+class HeadsByLayer(Mapping[int, tuple[int, ...]]):
+    """Heads that differ by layer: a dict that does not change, so that it can be hashed."""
+
+    def __init__(self, heads: Mapping[Any, Indices]) -> None:
+        if not heads:
+            raise HeadError("heads={} edits nothing; leave heads out to mean all of them")
+        found: dict[int, tuple[int, ...]] = {}
+        for layer, chosen in heads.items():
+            (number,) = indices(layer, "layers") or ()
+            if chosen is None:
+                raise HeadError(f"heads={{{number}: None}}: say which heads of layer {number}")
+            found[number] = indices(chosen, "heads") or ()
+        self._heads = dict(sorted(found.items()))
+
+    def __getitem__(self, layer: int) -> tuple[int, ...]:
+        return self._heads[layer]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._heads)
+
+    def __len__(self) -> int:
+        return len(self._heads)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._heads.items()))
+
+    def __repr__(self) -> str:
+        return repr({layer: list(heads) for layer, heads in self._heads.items()})
 
 
 def indices(value: Indices, name: str) -> tuple[int, ...] | None:
@@ -101,6 +133,7 @@ def _index(value: Any, name: str) -> int:
         index = operator.index(value)  # takes NumPy's and torch's whole numbers too
     except TypeError:
         index = -1
-    if index < 0 or isinstance(value, (bool, np.bool_)):
+    # a bool tensor's entries pass for 0 and 1
+    if index < 0 or isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         raise HeadError(f"{name} are whole numbers from 0, not {value!r}")
     return index
