@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from interp import attention
 from interp.edits.base import Edit
 from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, Receipts
@@ -186,15 +187,16 @@ def _variant(
             raise TypeError(f"{edit!r} is no edit; each item is an edit or a list of edits")
     masks = [edit for edit in edits if isinstance(edit, MaskEdit)]
     values = [edit for edit in edits if isinstance(edit, ValueEdit)]
+    check_together(values, model, x)
     for edit in values:
         edit.check(model, x)
-    check_together(values, model, x)
+    at = [name for edit in values for name in edit.names(model)]
+    attention.require(model.module, [*names, *at])
     receipts: list[Receipt] = []
     rows: Any = Rows(model)
     run_masks = RunMasks(rows, x, masks, receipts, **options) if masks else None
     variant = Variant(number, edits, rows, receipts, run_masks, values)
     rank = model.hooks.rank
-    at = [name for edit in values for name in edit.names(model)]
     masked = [f"{layer.prefix}.attn.hook_q" for layer in _layers(variant)]
     first = min(map(rank, [*at, *masked]), default=-1)
     starts = [rank(f"blocks.{i}.hook_resid_pre") for i in range(model.cfg.n_layers)]

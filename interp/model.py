@@ -15,7 +15,7 @@ In a bare trace, hooks are taken in execution order, as always in nnsight; `run`
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -31,6 +31,7 @@ from interp.instrumented import Instrumented
 from interp.lens.cache import StreamCache
 from interp.lens.view import LensView
 from interp.loading import load
+from interp.many import run_many
 
 
 class MLLM(Instrumented):
@@ -167,6 +168,18 @@ class MLLM(Instrumented):
             mass=mass,
             change=change,
         )
+
+    def run_many(
+        self, x: Inputs, edits: Iterable[Edit | Sequence[Edit]], **settings: Any
+    ) -> list[Run]:
+        """Run `x` once for each of many edits; what `run` gives, one `Run` each, in order.
+
+        What the runs have in common is done once: the vision tower, the blocks before the first
+        that an edit reaches. `interp.many.run_many` documents the settings (those of `run`, and
+        `batch_size`).
+        """
+        _check_call(x, [])
+        return run_many(self, x, edits, **settings)
 
     def run_with_cache(
         self,

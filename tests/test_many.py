@@ -143,6 +143,8 @@ def test_stock_kernels(kernel):
     attention.register(model.module, model.family, kernel)
     x = model.prepare([picture(), picture(seed=1)], [ZOO["gemma3"].prompt] * 2)
     assert_same(model, x, some_edits(model, x), atol=2e-5, strict=False)
+    with pytest.raises(UnknownHook, match="only interp's own attention"):
+        run_many(model, x, [[]], read="blocks.1.attn.hook_pattern")
 
 
 def test_bfloat16():
@@ -256,6 +258,7 @@ def test_errors_say_which_variant(rand, rx):
         (Knockout(whole, layers=1), EmptyRow),
         (Unmask(last, layers=2), EditHadNoEffect),
         (Scale("blocks.1.attn.hook_z", 1.0), EditHadNoEffect),
+        (Scale("blocks.1.attn.hook_z", 2.0, heads=9), HeadError),
         (Scale("blocks.9.attn.hook_z", 2.0), UnknownHook),
         ("blocks.1.attn.hook_z", TypeError),
     ):

@@ -118,7 +118,7 @@ class EdgeEdit(MaskEdit, kind=False):
         if not isinstance(self.edges, EdgeSet):
             raise EdgeError(
                 f"{type(self).__name__} takes an EdgeSet, not {type(self.edges).__name__}; "
-                "x.grid.edges(src=..., dst=...) makes one"
+                "x.grid.edges(src=..., dst=...) or x.edges(src=..., dst=...) makes one"
             )
         self._set_place()
         if isinstance(self.heads, Mapping):
