@@ -111,15 +111,15 @@ def execute(
     masks = [edit for edit in edits if isinstance(edit, MaskEdit)]
     values = [edit for edit in edits if isinstance(edit, ValueEdit)]
     if strict and not logits:
-        _reaches_a_read(model, edits, read)
+        require_a_reader(model, edits, read)
     check_together(values, model, x)
     edited = []
     for edit in values:
         edit.check(model, x)
-        edited += [(name, _as_function(edit, model, x, receipts)) for name in edit.names(model)]
+        edited += [(name, as_function(edit, model, x, receipts)) for name in edit.names(model)]
     changed = [*edited, *functions]
     attention.require(model.module, [*read, *(name for name, _ in changed)])
-    steps = _value_steps(model, x, read, changed, states)
+    steps = value_steps(model, x, read, changed, states)
     if masks:
         run_masks = RunMasks(
             model,
@@ -134,9 +134,22 @@ def execute(
         steps += run_masks.steps()
     if stop is not None:
         steps = [step for step in steps if step.rank <= model.hooks.rank(stop)]
-    steps.sort(key=lambda step: step.rank)
+    made = forward(model, model.to_device(x), steps, logits)
+    if masks:
+        run_masks.require_effects()
+    if strict:
+        require_felt(values, receipts)
+    receipts.sort(key=lambda receipt: model.hooks.rank(receipt.hook))
+    return Run(states, made, Receipts(receipts), x.grid, lambda name: model.grid_of(name, x))
+
+
+def forward(
+    model: Instrumented, tensors: dict[str, Tensor], steps: list[Step], logits: bool
+) -> Tensor | None:
+    """One forward pass with its steps, in the one trace of this library; the logits if wanted."""
+    steps = sorted(steps, key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
-    nn, tensors = model.nn, model.to_device(x)
+    nn = model.nn
     model.begin()
     try:
         with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
@@ -148,17 +161,10 @@ def execute(
                 tracer.stop()
     finally:
         model.end()
-    if masks:
-        run_masks.require_effects()
-    if strict:
-        _felt(values, receipts)
-    receipts.sort(key=lambda receipt: model.hooks.rank(receipt.hook))
-    return Run(
-        states, out.get("logits"), Receipts(receipts), x.grid, lambda name: model.grid_of(name, x)
-    )
+    return out.get("logits")
 
 
-def _reaches_a_read(model: Instrumented, edits: Sequence[Edit], read: Sequence[str]) -> None:
+def require_a_reader(model: Instrumented, edits: Sequence[Edit], read: Sequence[str]) -> None:
     """Raise for an edit that acts only after everything that is read."""
     last = max((model.hooks.rank(name) for name in read), default=-1)
     for edit in edits:
@@ -172,7 +178,7 @@ def _reaches_a_read(model: Instrumented, edits: Sequence[Edit], read: Sequence[s
             )
 
 
-def _as_function(
+def as_function(
     edit: ValueEdit, model: Instrumented, x: Inputs, receipts: list[Receipt]
 ) -> HookFunction:
     """A value edit as a hook function that writes its receipt."""
@@ -200,7 +206,7 @@ def _as_function(
     return function
 
 
-def _felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> None:
+def require_felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> None:
     """Raise for a value edit that changed nothing anywhere.
 
     Of edits that print alike each has its receipt at every hook, in the order of the edits.
@@ -221,7 +227,7 @@ def _felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> None:
             )
 
 
-def _value_steps(
+def value_steps(
     model: Instrumented,
     x: Inputs,
     read: Sequence[str],

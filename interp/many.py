@@ -37,7 +37,7 @@ from interp.edits.base import Edit
 from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, Receipts
 from interp.edits.values import ValueEdit, check_together
-from interp.execution import Run, _as_function, _felt, _reaches_a_read, _value_steps
+from interp.execution import Run, as_function, forward, require_a_reader, require_felt, value_steps
 from interp.hooks import Pattern
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
@@ -146,7 +146,7 @@ def run_many(
         given = (item,) if isinstance(item, Edit) else tuple(item)
         with _noted(number, given):
             if strict and not logits:
-                _reaches_a_read(model, given, names)
+                require_a_reader(model, given, names)
             variants.append(_variant(model, x, number, given, names, options))
     clean = _run_clean(model, x, variants, names, logits)
     groups: dict[tuple[int, bool], list[Variant]] = {}
@@ -225,7 +225,7 @@ def _run_clean(
     whole = any(not variant.edits for variant in variants)  # a clean run was asked for
     last = max((rank(f"blocks.{v.start}.hook_resid_pre") for v in shared), default=-1)
     wanted = [name for name in names if whole or rank(name) <= last]
-    steps = _value_steps(model, x, wanted, [], clean.states)
+    steps = value_steps(model, x, wanted, [], clean.states)
     if shared:
 
         def keep_inputs() -> None:
@@ -242,7 +242,7 @@ def _run_clean(
 
         steps.append(Step(rank(f"blocks.{start - 1}.hook_resid_post"), keep))
     if steps or (whole and logits):
-        clean.logits = _forward(model, model.to_device(x), steps, whole and logits)
+        clean.logits = forward(model, model.to_device(x), steps, whole and logits)
     return clean
 
 
@@ -266,11 +266,11 @@ def _run_batch(
     for number, variant in enumerate(variants):
         variant.rows.bind(batch, number)
         functions = [
-            (name, _as_function(edit, variant.rows, x, variant.receipts))
+            (name, as_function(edit, variant.rows, x, variant.receipts))
             for edit in variant.values
             for name in edit.names(model)
         ]
-        own = _value_steps(variant.rows, x, late, functions, variant.states)
+        own = value_steps(variant.rows, x, late, functions, variant.states)
         first: list[Step] = []
         for layer in _layers(variant):
             here = onset and layer.prefix == f"blocks.{start}"
@@ -287,13 +287,13 @@ def _run_batch(
         else:
             state = clean.before[start] if start else torch.empty(0)
         steps += _skip_to(model, start, state, clean.inputs, len(x), n)
-    all_logits = _forward(model, tensors, steps, logits)
+    all_logits = forward(model, tensors, steps, logits)
     for number, variant in enumerate(variants):
         with _noted(variant.number, variant.edits):
             if variant.masks is not None:
                 variant.masks.require_effects()
             if strict:
-                _felt(variant.values, variant.receipts)
+                require_felt(variant.values, variant.receipts)
         variant.receipts.sort(key=lambda receipt: rank(receipt.hook))
         early = {name: clean.states[name] for name in names if rank(name) < from_here}
         variant.states = {**early, **variant.states}
@@ -323,27 +323,6 @@ def _skip_to(
 
         steps.append(Step(rank(f"blocks.{layer}.hook_resid_pre") + BEFORE / 2, skip))
     return steps
-
-
-def _forward(
-    model: Instrumented, tensors: dict[str, Tensor], steps: list[Step], logits: bool
-) -> Tensor | None:
-    """One forward pass, with its steps; the logits if they are wanted."""
-    steps = sorted(steps, key=lambda step: step.rank)
-    out: dict[str, Tensor] = {}
-    nn = model.nn
-    model.begin()
-    try:
-        with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
-            for step in steps:
-                step.act()
-            if logits:
-                out["logits"] = nn.output.logits
-            else:
-                tracer.stop()
-    finally:
-        model.end()
-    return out.get("logits")
 
 
 def _language(model: Instrumented) -> Any:

@@ -170,16 +170,39 @@ class MLLM(Instrumented):
         )
 
     def run_many(
-        self, x: Inputs, edits: Iterable[Edit | Sequence[Edit]], **settings: Any
+        self,
+        x: Inputs,
+        edits: Iterable[Edit | Sequence[Edit]],
+        *,
+        read: Pattern | None = None,
+        logits: bool = True,
+        strict: bool = True,
+        allow_empty_rows: bool = False,
+        mass: bool = True,
+        change: bool = False,
+        batch_size: int | None = None,
     ) -> list[Run]:
-        """Run `x` once for each of many edits; what `run` gives, one `Run` each, in order.
+        """`run` once for each of many edits, in order; what they share is done once.
 
-        What the runs have in common is done once: the vision tower, the blocks before the first
-        that an edit reaches. `interp.many.run_many` documents the settings (those of `run`, and
-        `batch_size`).
+        Args:
+            x: a prepared batch.
+            edits: the variants, each an edit or several; an empty list is the clean run.
+            read, logits, strict, allow_empty_rows, mass, change: as in `run`.
+            batch_size: variants in one forward pass at most (`interp.many`).
         """
-        _check_call(x, [])
-        return run_many(self, x, edits, **settings)
+        _check_call(x, ())
+        return run_many(
+            self,
+            x,
+            edits,
+            read=read,
+            logits=logits,
+            strict=strict,
+            allow_empty_rows=allow_empty_rows,
+            mass=mass,
+            change=change,
+            batch_size=batch_size,
+        )
 
     def run_with_cache(
         self,
