@@ -43,10 +43,11 @@ Head = tuple[int, int]  # layer, head
 
 def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) -> Result:
     """Attribute the recovery to heads, then knock the top ones out."""
-    if base.test.model.family.language.names.post_norms:
+    family = base.test.model.family
+    if family.language.names.post_norms or family.deepstack:
+        what = "normalises what attention adds" if not family.deepstack else "adds between blocks"
         raise Untestable(
-            f"{base.test.model.family.name} normalises what attention adds, and the direct "
-            "attribution to heads is not written for that"
+            f"{family.name} {what}, and the direct attribution to heads is not written for that"
         )
     parts = _attribute(base, on_batch)
     counts = _per_image(np.ones(len(parts.image)), parts, base)

@@ -213,3 +213,24 @@ def test_norms_scale_is_transformerlens_scale(case):
     weight = ln1.weight + model.family.language.names.norm_offset
     with torch.no_grad():
         assert torch.allclose(centred / scale * weight, ln1(stream), atol=1e-5)
+
+
+def test_edited_norm_is_what_the_queries_are_made_of(case):
+    """Twice the scale and a shift of the normalised stream, through the norm's own weight."""
+    _, model, plain, x = case
+    clean = model.run(x, read="blocks.1.ln1.hook_normalized")["blocks.1.ln1.hook_normalized"]
+    shift = torch.linspace(-1, 1, clean.shape[-1])
+    seen = {}
+    model.run_with_hooks(
+        x,
+        fwd_hooks=[
+            ("blocks.1.ln1.hook_scale", lambda scale, hook: scale * 2),
+            ("blocks.1.ln1.hook_normalized", lambda normalized, hook: normalized + shift),
+            ("blocks.1.attn.hook_q", lambda q, hook: seen.update(q=q.flatten(-2).clone())),
+        ],
+    )
+    ln1 = module_at(plain, model.family.block_path(1, "ln1"))
+    weight = ln1.weight + model.family.language.names.norm_offset
+    with torch.no_grad():
+        made = module_at(plain, model.family.block_path(1, "q"))((clean / 2 + shift) * weight)
+    assert torch.allclose(seen["q"], made, atol=1e-4)

@@ -16,6 +16,7 @@ from interp.cli import app
 from interp.loading import BUNDLED
 from interp.probes import ProbeBank
 from interp.studies.study import KEYS, StudyArguments, study
+from tests.zoo import build
 
 SMALL = ["--n-probe", "30", "--n-test", "12"]
 
@@ -114,3 +115,15 @@ def test_another_llava_of_another_grid_in_bfloat16(tiny, tmp_path):
     assert knockout["holds"] is False
     assert knockout["text"].startswith("Not testable here")
     assert "Not testable here" in (tmp_path / "run/report.html").read_text()
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen3-vl"])
+def test_a_family_that_makes_a_question_moot_says_so(family, tmp_path):
+    """Gemma3 sees pictures both ways and normalises what heads write; Qwen3-VL adds deepstack."""
+    module, processor = build(family)
+    model = MLLM.load(module, processor=processor)
+    arguments = StudyArguments(model=family, n_probe=16, n_test=8)
+    findings = study(model, tmp_path / "run", arguments)["findings"]
+    said = " ".join(str(finding) for finding in findings.values())
+    assert "the direct attribution to heads is not written for that" in said
+    assert ("see each other both ways already" in said) == (family == "gemma3")
