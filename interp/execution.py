@@ -144,15 +144,23 @@ def execute(
 
 
 def forward(
-    model: Instrumented, tensors: dict[str, Tensor], steps: list[Step], logits: bool
+    model: Instrumented,
+    tensors: dict[str, Tensor],
+    steps: list[Step],
+    logits: bool,
+    *,
+    grad: bool = False,
 ) -> Tensor | None:
-    """One forward pass with its steps, in the one trace of this library; the logits if wanted."""
+    """One forward pass with its steps, in the one trace of this library; the logits if wanted.
+
+    With `grad` a graph is kept from whatever a step lets require gradients.
+    """
     steps = sorted(steps, key=lambda step: step.rank)
     out: dict[str, Tensor] = {}
     nn = model.nn
     model.begin()
     try:
-        with torch.no_grad(), nn.trace(**tensors, use_cache=False) as tracer:
+        with torch.set_grad_enabled(grad), nn.trace(**tensors, use_cache=False) as tracer:
             for step in steps:
                 step.act()
             if logits:

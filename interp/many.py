@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from interp import attention
+from interp.clean import Clean, clean_run, skip_to
 from interp.edits.base import Edit
 from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, Receipts
@@ -44,7 +45,7 @@ from interp.instrumented import Instrumented
 from interp.masking import LayerMask, RunMasks
 from interp.onset import Onset
 from interp.rows import Batch, Rows
-from interp.steps import BEFORE, Step
+from interp.steps import Step
 
 #: positions that go through the model together unless `batch_size` says otherwise; a CPU is busy
 #: with few, and slower once they do not fit its cache
@@ -78,25 +79,6 @@ class Variant:
     logits: Tensor | None = None
 
 
-@dataclass
-class Clean:
-    """What the clean run left.
-
-    Attributes:
-        states: what was read.
-        logits: if they were wanted.
-        inputs: what the language model was given, (args, kwargs).
-        before: by block, what the block before it put out.
-        onsets: by block, all that is needed to leave the clean run there.
-    """
-
-    states: dict[str, Tensor] = field(default_factory=dict)
-    logits: Tensor | None = None
-    inputs: tuple[Any, dict[str, Any]] = ((), {})
-    before: dict[int, Tensor] = field(default_factory=dict)
-    onsets: dict[int, Onset] = field(default_factory=dict)
-
-
 def run_many(
     model: Instrumented,
     x: Inputs,
@@ -127,6 +109,41 @@ def run_many(
         ValueError: nothing to do, or a `batch_size` below 1.
         Whatever `model.run` raises for one of the variants, with a note that says which.
     """
+    made = each_run(
+        model,
+        x,
+        edits,
+        read=read,
+        logits=logits,
+        strict=strict,
+        allow_empty_rows=allow_empty_rows,
+        mass=mass,
+        change=change,
+        batch_size=batch_size,
+    )
+    return [run for _, run in sorted(made, key=lambda numbered: numbered[0])]
+
+
+def each_run(
+    model: Instrumented,
+    x: Inputs,
+    edits: Iterable[Edit | Sequence[Edit]],
+    *,
+    read: Pattern | None = None,
+    logits: bool = True,
+    strict: bool = True,
+    allow_empty_rows: bool = False,
+    mass: bool = True,
+    change: bool = False,
+    batch_size: int | None = None,
+    clean: Clean | None = None,
+) -> Iterator[tuple[int, Run]]:
+    """The runs of `run_many` one by one as they are made, each with its number in the list.
+
+    So that a number can be taken from each and its states forgotten. Arguments and errors are
+    those of `run_many`; all edits are checked before anything runs. `clean` is what an earlier
+    clean run of `x` has left (`interp.clean`): what is in it is not computed again.
+    """
     names = model.hooks.expand(read)
     if batch_size is None:
         limit = POSITIONS.get(model.device.type, POSITIONS_ELSEWHERE)
@@ -148,11 +165,12 @@ def run_many(
             if strict and not logits:
                 require_a_reader(model, given, names)
             variants.append(_variant(model, x, number, given, names, options))
-    clean = _run_clean(model, x, variants, names, logits)
+    left = _run_clean(model, x, variants, names, logits, clean)
     groups: dict[tuple[int, bool], list[Variant]] = {}
     for variant in variants:
         if not variant.edits:
-            variant.states, variant.logits = dict(clean.states), clean.logits
+            variant.states, variant.logits = dict(left.states), left.logits
+            yield variant.number, _run_of(model, x, variant, names)
         else:
             start = -1 if variant.start is None else variant.start
             groups.setdefault((start, variant.onset), []).append(variant)
@@ -160,17 +178,21 @@ def run_many(
         # in a packed tower all pictures lie in one row: such states are not cut along a batch
         size = 1 if start < 0 and model.family.vision.packed else batch_size
         for first in range(0, len(group), size):
-            _run_batch(model, x, group[first : first + size], clean, names, logits, strict)
-    return [
-        Run(
-            {name: variant.states[name] for name in names},
-            variant.logits,
-            Receipts(variant.receipts),
-            x.grid,
-            lambda name: model.grid_of(name, x),
-        )
-        for variant in variants
-    ]
+            together = group[first : first + size]
+            _run_batch(model, x, together, left, names, logits, strict)
+            for variant in together:
+                yield variant.number, _run_of(model, x, variant, names)
+                variant.states, variant.logits = {}, None  # large, and the caller has them
+
+
+def _run_of(model: Instrumented, x: Inputs, variant: Variant, names: list[str]) -> Run:
+    return Run(
+        {name: variant.states[name] for name in names},
+        variant.logits,
+        Receipts(variant.receipts),
+        x.grid,
+        lambda name: model.grid_of(name, x),
+    )
 
 
 def _variant(
@@ -217,33 +239,28 @@ def _layers(variant: Variant) -> list[LayerMask]:
 
 
 def _run_clean(
-    model: Instrumented, x: Inputs, variants: list[Variant], names: list[str], logits: bool
+    model: Instrumented,
+    x: Inputs,
+    variants: list[Variant],
+    names: list[str],
+    logits: bool,
+    given: Clean | None,
 ) -> Clean:
     """The run that all variants share, as deep as one of them needs it."""
-    clean, rank = Clean(), model.hooks.rank
+    rank = model.hooks.rank
     shared = [variant for variant in variants if variant.start is not None]
     whole = any(not variant.edits for variant in variants)  # a clean run was asked for
     last = max((rank(f"blocks.{v.start}.hook_resid_pre") for v in shared), default=-1)
     wanted = [name for name in names if whole or rank(name) <= last]
-    steps = value_steps(model, x, wanted, [], clean.states)
-    if shared:
-
-        def keep_inputs() -> None:
-            clean.inputs = _language(model).inputs
-
-        steps.append(Step(rank("blocks.0.hook_resid_pre") + BEFORE, keep_inputs))
-    for start in sorted({v.start for v in shared if v.start is not None and v.onset}):
-        clean.onsets[start] = Onset(model, start)
-        steps += clean.onsets[start].steps()
-    for start in sorted({v.start for v in shared if v.start and not v.onset}):
-
-        def keep(start: int = start) -> None:
-            clean.before[start] = model.hook(f"blocks.{start - 1}.hook_resid_post").output
-
-        steps.append(Step(rank(f"blocks.{start - 1}.hook_resid_post"), keep))
-    if steps or (whole and logits):
-        clean.logits = forward(model, model.to_device(x), steps, whole and logits)
-    return clean
+    return clean_run(
+        model,
+        x,
+        wanted,
+        logits=whole and logits,
+        onsets={v.start for v in shared if v.start is not None and v.onset},
+        starts={v.start for v in shared if v.start is not None and not v.onset},
+        given=given,
+    )
 
 
 def _run_batch(
@@ -285,8 +302,10 @@ def _run_batch(
             steps += left.depart(departing)
             state = left.leaving  # its numbers do not matter: the block is given others
         else:
-            state = clean.before[start] if start else torch.empty(0)
-        steps += _skip_to(model, start, state, clean.inputs, len(x), n)
+            before = clean.block_before(start)
+            state = torch.empty(0) if before is None else before
+        assert clean.inputs is not None
+        steps += skip_to(model, start, state, clean.inputs, len(x), n)
     all_logits = forward(model, tensors, steps, logits)
     for number, variant in enumerate(variants):
         with _noted(variant.number, variant.edits):
@@ -299,51 +318,6 @@ def _run_batch(
         variant.states = {**early, **variant.states}
         if all_logits is not None:
             variant.logits = all_logits.narrow(0, number * len(x), len(x))
-
-
-def _skip_to(
-    model: Instrumented, start: int, state: Tensor, inputs: Any, n_rows: int, n: int
-) -> list[Step]:
-    """Steps that hand the language model its clean inputs and skip its first `start` blocks.
-
-    `state` is what a block put out, not what the next one takes: Qwen3-VL adds to it in between.
-    """
-    rank = model.hooks.rank
-
-    def hand_over() -> None:
-        _language(model).inputs = _repeated(inputs, n_rows, n)
-
-    steps = [Step(rank("blocks.0.hook_resid_pre") + BEFORE, hand_over)]
-    if start:
-        state = torch.cat([state] * n)
-    for layer in range(start):
-
-        def skip(layer: int = layer) -> None:
-            model.envoy(model.family.block_path(layer)).skip(state)
-
-        steps.append(Step(rank(f"blocks.{layer}.hook_resid_pre") + BEFORE / 2, skip))
-    return steps
-
-
-def _language(model: Instrumented) -> Any:
-    """The envoy of the stack that holds the language model's blocks."""
-    return model.envoy(model.family.language.blocks.rpartition(".")[0])
-
-
-def _repeated(value: Any, n_rows: int, n: int, name: str = "") -> Any:
-    """What the language model is given, for `n` copies of its batch of `n_rows`."""
-    if isinstance(value, dict):
-        return {key: _repeated(one, n_rows, n, key) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_repeated(one, n_rows, n, name) for one in value)
-    if not isinstance(value, Tensor):
-        return value
-    if name == "deepstack_visual_embeds":  # the image tokens of all rows, one after the other
-        return torch.cat([value] * n)
-    axis = int(name == "position_ids" and value.ndim == 3)  # [time, height and width, row, pos]
-    if value.shape[axis] == 1 and n_rows > 1:
-        return value  # the same for all rows
-    return torch.cat([value] * n, dim=axis)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Which heads, reading from which tokens, move a token to its class.
 
-`direct` writes a probe's margin as an exact sum over heads, MLPs and the starting state.
+* `head_attribution` answers by an exact sum, by gradients or by knockouts (`heads`);
+* `attribute` screens by gradients and verifies by knockouts (`screen`);
+* `path_attribution` follows one head's effect through another (`paths`);
+* `minimal_heads` finds the fewest heads that carry it (`minimal`).
+
+What is explained is a target (`targets`), from which tokens is said by source groups (`sources`).
 """
 
 from __future__ import annotations
-
-from interp.attribution.direct import DirectAttribution, direct_attribution
-
-__all__ = ["DirectAttribution", "direct_attribution"]

@@ -20,11 +20,12 @@ import numpy as np
 import pandas as pd
 import torch
 
-from interp.attribution import DirectAttribution, direct_attribution
+from interp.attribution.direct import DirectAttribution, direct
+from interp.attribution.question import ask
+from interp.attribution.sources import REGION as GROUPS
 from interp.edges import EdgeSet
 from interp.edits import Knockout, MaskEdit
 from interp.errors import Untestable
-from interp.inputs import Inputs
 from interp.stats import Interval, bootstrap, ratio
 from interp.studies.conditions import anchor_edges
 from interp.studies.knockout import share_gone
@@ -32,7 +33,6 @@ from interp.studies.recovery import Baseline
 from interp.studies.result import Finding, Result, percent
 from interp.studies.split import Progress
 
-GROUPS = ("same-region correct", "same-region wrong", "other regions", "text and BOS", "self")
 TITLE = "A few heads carry it"
 N_TOP = 4
 N_DRAWS = 10
@@ -43,16 +43,10 @@ Head = tuple[int, int]  # layer, head
 
 def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) -> Result:
     """Attribute the recovery to heads, then knock the top ones out."""
-    family = base.test.model.family
-    if family.language.names.post_norms or family.deepstack:
-        what = "normalises what attention adds" if not family.deepstack else "adds between blocks"
-        raise Untestable(
-            f"{family.name} {what}, and the direct attribution to heads is not written for that"
-        )
     parts = _attribute(base, on_batch)
-    counts = _per_image(np.ones(len(parts.image)), parts, base)
-    change = _per_image(parts.change.numpy(), parts, base)
-    per_head = _per_image(parts.heads.numpy(), parts, base)  # [image, layer, head, group]
+    counts = base.wrong(base.reference).sum(1)
+    change = _sums(parts.change, counts)
+    per_head = _sums(parts.heads, counts)  # [image, layer, head, group]
 
     first_half = np.arange(len(counts)) < len(counts) // 2
     score = per_head[first_half][..., GROUPS.index("same-region correct")].sum(0)
@@ -65,7 +59,7 @@ def heads(base: Baseline, *, seed: int = 0, on_batch: Progress | None = None) ->
     tables = {
         "heads": _heads_table(per_head, counts, change, seed),
         "head_totals": _totals_table(per_head, counts, change, ranked, seed),
-        "components": _components_table(parts, base, counts, seed),
+        "components": _components_table(parts, counts, seed),
     }
     table, top, control, beyond = _cut_heads(base, ranked, first_half, seed, on_batch)
     tables["head_knockout"] = table
@@ -88,61 +82,24 @@ def passes() -> int:
     return 1 + len(SIZES) + 1 + N_DRAWS
 
 
-def source_groups(base: Baseline, x: Inputs, at: slice) -> torch.Tensor:
-    """`[n_images, n_tokens, pos]` the group of every source position for every query token."""
-    test, grid = base.test, x.grid
-    right = base.right(base.reference)[at][:, None, :]
-    same = test.same_region[at]
-    group = np.where(same, np.where(right, 0, 1), 2)
-    n = test.n_tokens
-    group[:, np.arange(n), np.arange(n)] = GROUPS.index("self")
-    out = np.full((len(group), n, grid.n_pos), GROUPS.index("text and BOS"))
-    position = grid.position.reshape(grid.n_images, n)
-    np.put_along_axis(out, np.broadcast_to(position[:, None, :], group.shape), group, 2)
-    return torch.from_numpy(out)
-
-
 def _attribute(base: Baseline, on_batch: Progress | None) -> DirectAttribution:
-    """Direct attribution of all wrong tokens of the test split, images numbered over the split."""
+    """Direct attribution of the wrong tokens of the test split, a mean over each image's."""
     test = base.test
-    wrong = base.wrong(base.reference)
-    found = []
-    for x, at in test.slices():
-        parts = direct_attribution(
-            test.model,
-            x,
-            base.bank,
-            queries=torch.from_numpy(wrong[at]),
-            true=torch.from_numpy(np.where(test.labelled, test.labels, 0)[at]),
-            confused=torch.from_numpy(base.predicted[base.reference][at]),
-            sources=source_groups(base, x, at),
-            groups=GROUPS,
-            end=base.readout,
-        )
-        found.append((parts, at.start))
-        if on_batch:
-            on_batch(len(x))
-
-    def joined(name: str, shift: bool = False) -> torch.Tensor:
-        return torch.cat([getattr(p, name) + (start if shift else 0) for p, start in found])
-
-    return DirectAttribution(
-        image=joined("image", shift=True),
-        token=joined("token"),
-        heads=joined("heads"),
-        mlps=joined("mlps"),
-        biases=joined("biases"),
-        start=joined("start"),
-        margin=joined("margin"),
-        groups=GROUPS,
+    asked = ask(
+        test.model,
+        test.batches,
+        base.bank,
+        labels=test.labels,
+        start=base.reference,
+        end=base.readout,
+        sources="region",
     )
+    return direct(asked, on_images=on_batch)
 
 
-def _per_image(values: np.ndarray, parts: DirectAttribution, base: Baseline) -> np.ndarray:
-    """Sum of per-token values over each image, `[n_images, ...]`."""
-    out = np.zeros((len(base.test), *values.shape[1:]))
-    np.add.at(out, parts.image.numpy(), values)
-    return out
+def _sums(means: torch.Tensor, counts: np.ndarray) -> np.ndarray:
+    """Means over each image's tokens as sums over them; 0 for an image without any."""
+    return np.nan_to_num(means.numpy()) * counts.reshape(-1, *[1] * (means.ndim - 1))
 
 
 def _over(per_head: np.ndarray, chosen: Sequence[Head]) -> np.ndarray:
@@ -185,19 +142,18 @@ def _totals_table(
     return pd.DataFrame(rows)
 
 
-def _components_table(
-    parts: DirectAttribution, base: Baseline, counts: np.ndarray, seed: int
-) -> pd.DataFrame:
-    """Start, every attention (with its bias), every MLP, and their sum, the margin."""
-    sums = {"start": parts.start.numpy()}
+def _components_table(parts: DirectAttribution, counts: np.ndarray, seed: int) -> pd.DataFrame:
+    """Start, every attention (with its bias), every MLP, deepstack, and their sum, the margin."""
+    sums = {"start": parts.start}
     for layer in range(parts.mlps.shape[1]):
-        attention = parts.heads[:, layer].sum((1, 2)) + parts.biases[:, layer]
-        sums[f"attention {layer}"] = attention.numpy()
-        sums[f"mlp {layer}"] = parts.mlps[:, layer].numpy()
-    sums["margin"] = parts.margin.numpy()
+        sums[f"attention {layer}"] = parts.heads[:, layer].sum((1, 2)) + parts.biases[:, layer]
+        sums[f"mlp {layer}"] = parts.mlps[:, layer]
+        if (parts.rest[:, layer].nan_to_num() != 0).any():
+            sums[f"deepstack {layer}"] = parts.rest[:, layer]
+    sums["margin"] = parts.target
     rows = []
     for name, values in sums.items():
-        mean = bootstrap(ratio, _per_image(values, parts, base), counts, seed=seed)
+        mean = bootstrap(ratio, _sums(values, counts), counts, seed=seed)
         rows.append({"component": name, **mean.as_dict()})
     return pd.DataFrame(rows)
 

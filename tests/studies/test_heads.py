@@ -1,34 +1,16 @@
-"""Head study: source groups by brute force, shares that add up, ranking and test held apart."""
+"""Head study: shares that add up, ranking and test held apart."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from interp.studies.heads import GROUPS, N_TOP, heads, source_groups
+from interp.studies.heads import N_TOP, heads
 
 
 @pytest.fixture(scope="module")
 def result(base):
     return heads(base)
-
-
-def test_source_groups_by_brute_force(base):
-    x, at = next(iter(base.test.slices()))
-    groups = source_groups(base, x, at).numpy()
-    right = base.right(base.reference)
-    position = x.grid.position.reshape(len(x), -1)
-    rng = np.random.default_rng(0)
-    for _ in range(300):
-        image, dst, src = rng.integers(len(x)), rng.integers(100), rng.integers(100)
-        if dst == src:
-            name = "self"
-        elif base.test.regions[image, dst] != base.test.regions[image, src]:
-            name = "other regions"
-        else:
-            name = f"same-region {'correct' if right[image, src] else 'wrong'}"
-        assert GROUPS[groups[image, dst, position[image, src]]] == name
-    assert (groups[:, :, :5] == GROUPS.index("text and BOS")).all()
 
 
 def test_components_add_up_to_the_margin(result):

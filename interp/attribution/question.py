@@ -1,0 +1,359 @@
+"""What is asked of the heads, made once and handed to every method.
+
+A question has a model, some batches of pictures, and for each batch a target (`targets`) and
+source groups (`sources`); and the layers between `start` and `end`. Whether the answer then comes
+from an exact sum, from gradients or from knockouts is the method's business: they all answer the
+same question, in the same unit and with the same sign, so that they can be compared.
+
+Unless another target is given, the question is the paper's: of the image tokens that the probe at
+`start` takes for the wrong class, how far does the probe at `end` prefer the true class to the
+confused one?
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from interp.attribution.sources import PLACE, REGION, WHOLE, Sources, by_place, by_region, whole
+from interp.attribution.targets import Custom, ProbeMargin, Score, Target
+from interp.clean import Clean, clean_run
+from interp.edges import EdgeSet
+from interp.edits.receipts import Receipts
+from interp.errors import Untestable
+from interp.execution import Run
+from interp.hooks import canonical
+from interp.inputs import Inputs
+from interp.labels import IGNORE
+from interp.model import MLLM
+from interp.probes import ProbeBank
+
+GROUPS = {"region": REGION, "place": PLACE, "whole": WHOLE}
+Labels = np.ndarray | Sequence[np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A question on one batch.
+
+    Attributes:
+        x: the batch.
+        score: its target.
+        sources: who reads, and from which groups.
+        first_image: number of its first row over all batches.
+        clean: what clean runs of the batch have left, so that the towers need not run again.
+        masks: by layer, `[n, pos]` bool, what the readers may attend to; filled when first needed.
+        edges: by layer and group, the open edges between them, likewise.
+    """
+
+    x: Inputs
+    score: Score
+    sources: Sources
+    first_image: int
+    clean: Clean = field(default_factory=Clean)
+    masks: dict[int, torch.Tensor] = field(default_factory=dict)
+    edges: dict[tuple[int, int], EdgeSet] = field(default_factory=dict)
+
+    def forget(self) -> None:
+        """Let go of the clean run's states; what the language model is given stays."""
+        inputs = self.clean.inputs
+        self.clean.__init__(inputs=inputs)  # type: ignore[misc]
+
+
+@dataclass(frozen=True, eq=False)
+class Question:
+    """What is asked; make one with `ask`.
+
+    Attributes:
+        model: of whose heads.
+        parts: one a batch.
+        start, end: stages between which heads are looked at.
+        layers: their layers.
+        groups: names of the source groups.
+        dst: whose reading is looked at: "queries", "image" or "all".
+    """
+
+    model: MLLM
+    parts: tuple[Part, ...]
+    start: str
+    end: str
+    layers: range
+    groups: tuple[str, ...]
+    dst: str
+
+    @property
+    def n_images(self) -> int:
+        """Rows of all batches."""
+        return sum(len(part.x) for part in self.parts)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(layers, heads, source groups) of the answer."""
+        return len(self.layers), self.model.cfg.n_heads, len(self.groups)
+
+    def about(self) -> dict[str, Any]:
+        """What was asked, in words, for a result's metadata."""
+        return {
+            "model": repr(self.model),
+            "target": self.parts[0].score.name,
+            "start": self.start,
+            "end": self.end,
+            "dst": self.dst,
+            "groups": list(self.groups),
+            "n_images": self.n_images,
+        }
+
+
+def ask(
+    model: MLLM,
+    batch: Inputs | Sequence[Inputs],
+    probes: ProbeBank | None = None,
+    *,
+    labels: Labels | None = None,
+    start: str = "adapter.hook_out",
+    end: str | None = None,
+    target: Target | Sequence[Target] | Callable[..., Any] | None = None,
+    sources: str | Sequence[str] | Sequence[Sources] | Sources | None = None,
+    dst: str = "queries",
+) -> Question:
+    """Make a question.
+
+    Args:
+        model: of whose heads.
+        batch: prepared pictures, one batch or several; one picture a row.
+        probes: frozen probes at `start` and `end`, unless a target is given.
+        labels: class of each image token: `[n_tokens]` as `x.grid.labels` gives it, one array a
+            batch, or `[n_images, n_tokens]` over all batches; `IGNORE` where there is none.
+        start: the stage from which on heads are looked at, and at which tokens are called wrong.
+        end: the stage at which the target is read; by default the target's, else the last block.
+        target: what is explained, a `Target` (`ProbeMargin`s: one a batch), or a function of the
+            run, with `end`; by default the probe's margin of tokens wrong at `start`.
+        sources: "region" (needs labels and probes), "place" or "whole"; names of groups of one of
+            these, to look at those only; or ready-made `Sources`, one a batch, which say who reads,
+            too. By default "region" where readers are image tokens with labels, else "place".
+        dst: whose reading is looked at: "queries", the positions of which the target speaks;
+            "image", all image tokens; "all", every position.
+
+    Raises:
+        ValueError: what does not fit together, with what would do.
+        Untestable: no image has a wrong token.
+    """
+    batches = (batch,) if isinstance(batch, Inputs) else tuple(batch)
+    if not batches or not all(isinstance(x, Inputs) for x in batches):
+        raise TypeError("a batch is what model.prepare(images, text) makes, or several of them")
+    for x in batches:
+        if len(x) != x.grid.n_images:
+            raise ValueError(
+                f"{x.grid.n_images} pictures in {len(x)} rows: attribution counts by image, so "
+                "give one picture a row"
+            )
+    start = canonical(start)
+    end = _end(model, end, target, probes)
+    first_layer, last = _after(model, start), _until(model, end)
+    if first_layer > last:
+        raise ValueError(f"no head lies between start={start!r} and end={end!r}")
+    flat = _flat(labels, batches)
+    right, said, kept = [], [], []
+    if probes is not None and flat is not None:
+        for x, own in zip(batches, flat, strict=True):
+            kept.append(clean_run(model, x, [start]))
+            run = Run(kept[-1].states, None, Receipts([]), x.grid, partial(model.grid_of, x=x))
+            tokens = run.per_token(start).flatten(0, 1).float().cpu()
+            said.append(probes.predict(start, tokens).numpy())
+            right.append((said[-1] == own) & (own != IGNORE))
+    scores = []
+    for number, x in enumerate(batches):
+        if target is None:
+            if flat is None or not right or probes is None:
+                raise ValueError(
+                    "the default target asks about tokens that a probe gets wrong: give probes and "
+                    "labels=x.grid.labels(masks, n_classes), or another target="
+                )
+            wrong = ~right[number] & (flat[number] != IGNORE)
+            true = np.where(wrong, flat[number], 0)
+            scores.append(ProbeMargin(probes, end, wrong, true, said[number]).on(model, x))
+        else:
+            scores.append(_target(target, number, len(batches), end).on(model, x))
+    ready = _ready(sources, scores, batches)
+    if ready is None:
+        readers = [_readers(x, score, dst) for x, score in zip(batches, scores, strict=True)]
+        ready, first = [], batches[0].grid.token_at[readers[0]]
+        kind, groups = _kind(sources, by_labels=bool(right), words=bool((first < 0).any()))
+        for number, (x, (row, position)) in enumerate(zip(batches, readers, strict=True)):
+            if kind == "region":
+                assert flat is not None
+                made = by_region(x, row, position, flat[number], right[number])
+            else:
+                made = (by_place if kind == "place" else whole)(x, row, position)
+            ready.append(made if groups is None else made.only(groups))
+    if not any(len(one) for one in ready):
+        raise Untestable(
+            f"no image token is wrong at {start!r}: there is nothing whose recovery could be "
+            "attributed; give more pictures, or a target"
+        )
+    parts, first_image = [], 0
+    for number, (x, score, read_from) in enumerate(zip(batches, scores, ready, strict=True)):
+        inputs = kept[number].inputs if kept else None
+        parts.append(Part(x, score, read_from, first_image, Clean(inputs=inputs)))
+        first_image += len(x)
+    if any(not _same_readers(part.score, part.sources) for part in parts):
+        dst = "given" if dst == "queries" else dst
+    layers = range(first_layer, last + 1)
+    return Question(model, tuple(parts), start, end, layers, ready[0].names, dst)
+
+
+def _end(
+    model: MLLM,
+    end: str | None,
+    target: Any,
+    probes: ProbeBank | None,
+) -> str:
+    one = target[0] if isinstance(target, (list, tuple)) and target else target
+    own = getattr(one, "end", None)
+    if target is not None and own is None and end is None and callable(target):
+        raise ValueError(
+            'a function as target: say what it reads by end="logits" or '
+            'end="blocks.<layer>.hook_resid_post"'
+        )
+    if end is not None and own is not None and canonical(end) != own:
+        raise ValueError(f"the target is read at {own!r}, and end={end!r}; leave end out")
+    chosen = own or end or f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    chosen = chosen if chosen == "logits" else canonical(chosen)
+    if target is None and probes is not None:
+        probes.weight(chosen)  # raises, naming the stages that there are
+    return chosen
+
+
+def _after(model: MLLM, start: str) -> int:
+    """The first layer behind a stage."""
+    model.hooks.rank(start)
+    if not start.startswith("blocks."):
+        return 0
+    number, suffix = start.removeprefix("blocks.").split(".", 1)
+    if suffix not in ("hook_resid_pre", "hook_resid_post"):
+        raise ValueError(
+            f"start={start!r}; a stage of the residual stream would do, or the adapter"
+        )
+    return int(number) + (suffix == "hook_resid_post")
+
+
+def _until(model: MLLM, end: str) -> int:
+    """The last layer before a stage."""
+    if end == "logits":
+        return model.cfg.n_layers - 1
+    model.hooks.rank(end)
+    parts = end.split(".")
+    if parts[0] != "blocks" or parts[2] != "hook_resid_post":
+        raise ValueError(
+            f"end={end!r}: heads are looked at up to 'blocks.<layer>.hook_resid_post' or 'logits'"
+        )
+    return int(parts[1])
+
+
+def _target(target: Any, number: int, n_batches: int, end: str) -> Target:
+    """The target of one batch."""
+    if isinstance(target, (list, tuple)):
+        if len(target) != n_batches:
+            raise ValueError(f"{len(target)} targets for {n_batches} batches; one each")
+        target = target[number]
+    elif isinstance(target, ProbeMargin) and n_batches > 1:
+        raise ValueError(
+            f"one ProbeMargin for {n_batches} batches: its tokens are those of one; give a list of "
+            "them, one a batch"
+        )
+    if isinstance(target, Target):
+        return target
+    if not callable(target):
+        raise TypeError(f"target={target!r}; a Target or a function of the run would do")
+    return Custom(target, end)
+
+
+def _flat(labels: Labels | None, batches: Sequence[Inputs]) -> list[np.ndarray] | None:
+    """Labels of each batch's image tokens, `[n_tokens]`."""
+    if labels is None:
+        return None
+    sizes = [len(x.grid) for x in batches]
+    listed = isinstance(labels, (list, tuple)) and len(labels) and np.ndim(labels[0]) > 0
+    several = [np.asarray(one).reshape(-1) for one in (labels if listed else [labels])]
+    if len(several) == 1:
+        if len(several[0]) != sum(sizes):
+            raise ValueError(
+                f"labels {list(np.shape(labels))} for {sum(sizes)} image tokens in {len(batches)} "
+                "batch(es); x.grid.labels(masks, n_classes) gives one a token"
+            )
+        several = np.split(several[0], np.cumsum(sizes)[:-1])
+    if [len(one) for one in several] != sizes:
+        raise ValueError(f"labels of {[len(one) for one in several]} tokens for batches of {sizes}")
+    if any(one.dtype.kind not in "iu" for one in several):
+        raise ValueError(f"labels are whole numbers, not {several[0].dtype}")
+    return several
+
+
+def _ready(
+    sources: Any, scores: Sequence[Score], batches: Sequence[Inputs]
+) -> list[Sources] | None:
+    """Ready-made sources, one a batch, readers in the order of the target's queries."""
+    listed = [sources] if isinstance(sources, Sources) else sources
+    if listed is None or isinstance(listed, str) or not isinstance(listed[0], Sources):
+        return None
+    if len(listed) != len(batches) or len({one.names for one in listed}) != 1:
+        raise ValueError(
+            f"{len(listed)} Sources for {len(batches)} batches; one each, all of the same groups"
+        )
+    for one, x in zip(listed, batches, strict=True):
+        if one.group.shape[1] != x.n_pos or (len(one) and int(one.row.max()) >= len(x)):
+            raise ValueError(
+                f"Sources over {one.group.shape[1]} positions for a batch {list(x.shape)}"
+            )
+    return [one.in_order(score) for one, score in zip(listed, scores, strict=True)]
+
+
+def _same_readers(score: Score, sources: Sources) -> bool:
+    """Whether those who read are the target's queries."""
+    if score.row is None or score.position is None:
+        return False
+    return torch.equal(score.row, sources.row) and torch.equal(score.position, sources.position)
+
+
+def _kind(sources: Any, *, by_labels: bool, words: bool) -> tuple[str, tuple[str, ...] | None]:
+    """(kind of groups, which of them); `words` if readers are no image tokens."""
+    if sources is None:
+        return ("region" if by_labels and not words else "place"), None
+    if isinstance(sources, str) and sources in GROUPS:
+        return _usable(sources, by_labels), None
+    listed = (sources,) if isinstance(sources, str) else tuple(sources)
+    for kind, names in GROUPS.items():
+        if listed and set(listed) <= set(names):
+            return _usable(kind, by_labels), listed
+    known = "; ".join(f"{kind}: {', '.join(names)}" for kind, names in GROUPS.items())
+    raise ValueError(f"sources={sources!r}; the kinds of groups, and the groups, are {known}")
+
+
+def _usable(kind: str, by_labels: bool) -> str:
+    if kind == "region" and not by_labels:
+        raise ValueError(
+            'sources="region" needs probes and labels, which say what is right; sources="place" '
+            "does not"
+        )
+    return kind
+
+
+def _readers(x: Inputs, score: Score, dst: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """(row, position) of the positions whose reading is looked at."""
+    if dst == "queries":
+        if score.row is None or score.position is None:
+            raise ValueError(
+                f'dst="queries", but the target {score.name} does not say at which positions it '
+                'looks; dst="image" or dst="all" would do'
+            )
+        return score.row, score.position
+    places = {"image": x.is_image, "all": x.is_attended}
+    if dst not in places:
+        raise ValueError(f'dst={dst!r}; there are "queries", "image" and "all"')
+    row, position = np.nonzero(places[dst])
+    return torch.as_tensor(row), torch.as_tensor(position)
