@@ -1,6 +1,7 @@
-"""The command line: `interp study`, `interp report`, `interp hooks`, `interp check`.
+"""The command line: `interp study`, `heads`, `report`, `hooks`, `check`.
 
     interp study --model tiny --out results/tiny     the four findings, into a run folder
+    interp heads --model tiny --out results/heads    which heads carry the recovery, and from where
     interp report results/tiny                       draw the page again from a run folder
     interp hooks tiny "blocks.2.*"                   names and shapes of a model's hooks
     interp check MODEL                               do the names mean what they claim on it?
@@ -11,6 +12,8 @@ option `-d`: nnsight reads the arguments of the process for its own debug mode.)
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -74,6 +77,64 @@ def study(
 
 
 @app.command()
+def heads(
+    out: Annotated[Path | None, typer.Option(help="Run folder to write.")] = None,
+    model: Annotated[str, typer.Option(help='"tiny", a hub id or a local folder.')] = "tiny",
+    data: Annotated[str, typer.Option(help='The bundled "scenes".')] = "scenes",
+    method: Annotated[
+        str,
+        typer.Option(help="screen (gradients, the top ones verified), direct, gradient, exact."),
+    ] = "screen",
+    start: Annotated[str, typer.Option(help="Heads behind this stage.")] = "adapter.hook_out",
+    end: Annotated[str | None, typer.Option(help="Heads up to this stage; the last block.")] = None,
+    sources: Annotated[
+        str, typer.Option(help='"region", "place", "whole", or one group of source tokens.')
+    ] = "region",
+    budget: Annotated[float, typer.Option(help="Share that screen verifies exactly.")] = 0.05,
+    n_probe: Annotated[int, typer.Option(help="Images the probes are fitted on.")] = 200,
+    n_test: Annotated[int, typer.Option(help="Images the heads are attributed on.")] = 60,
+    batch_size: Annotated[int, typer.Option(help="Images in one forward pass.")] = 20,
+    memory: Annotated[
+        float | None, typer.Option(help="GB beyond the weights for exact effects.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every random draw.")] = 0,
+    device: Annotated[str | None, typer.Option(help='For instance "cuda".')] = None,
+    dtype: Annotated[str | None, typer.Option(help='For instance "bfloat16".')] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Of torch on the CPU; one if the model is small.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Say what it costs, and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace another run in OUT.")] = False,
+) -> None:
+    """Attribute the recovery to heads, by the tokens they read from."""
+    import torch
+
+    from interp.studies.head_study import HeadArguments, head_study, head_table, prepare
+
+    arguments = HeadArguments(
+        model, data, method, start, end, sources, budget, n_probe, n_test, batch_size,
+        memory=memory, seed=seed,
+    )  # fmt: skip
+    try:
+        if out is None and not dry_run:
+            raise ValueError("--out is missing: the run folder to write (or --dry-run)")
+        loaded = _load(model, device=device, dtype=dtype)
+        if threads or loaded.n_parameters < SMALL:
+            torch.set_num_threads(threads or 1)
+        if dry_run:
+            asked = prepare(loaded, arguments)
+            console.print(f"{method}: {head_table(loaded, asked, arguments, dry_run=True)}")
+            return
+        assert out is not None
+        with _bar() as on_step:
+            table = head_study(loaded, out, arguments, overwrite=overwrite, on_step=on_step)
+    except (InterpError, ValueError) as error:
+        _fail(error)
+    console.print(table)
+    console.print(f"table: {out / 'heads.parquet'}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
     """Draw the report of a finished run again from its tables."""
     from interp.report import write_report
@@ -129,6 +190,16 @@ def _load(model: str, **options: Any) -> MLLM:
 
     logging.disable_progress_bar()
     return MLLM.load(model, **options)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar with the time left, and what to tell it (steps done, steps in all)."""
+    from rich.progress import Progress
+
+    with Progress(console=console, transient=True) as bars:
+        task = bars.add_task("heads", total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -36,6 +36,8 @@ from interp.errors import Untestable
 
 Array = NDArray[np.float64]
 
+_BLOCK = 4_000_000  # numbers of draws held at once by `bootstrap_columns`: 32 MB
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -143,6 +145,72 @@ def bootstrap(
         )
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(values[0]), float(low), float(high))
+
+
+def bootstrap_columns(
+    per_image: ArrayLike,
+    per: ArrayLike | None = None,
+    *,
+    n_boot: int = 2000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[Array, Array, Array]:
+    """Percentile intervals of many ratios of sums at once, on one set of draws.
+
+    Column by column what `bootstrap(ratio, column, per)` gives with the same seed, up to rounding,
+    but with one matrix product for all of them: a thousand heads cost about as much as ten.
+
+    Args:
+        per_image: `[n_images, ...]`, a sum over each image for every column.
+        per: `[n_images]` the denominator that all columns share. None for 1 an image, which makes
+            the ratios plain means over images.
+        n_boot: draws.
+        level: of the interval.
+        seed: of the draws.
+
+    Returns:
+        estimate, low and high, each of shape `per_image.shape[1:]`.
+
+    Raises:
+        Untestable, ValueError: as `bootstrap` does, here also if a value is not a finite number.
+
+    >>> values = np.array([[1.0, 0.0], [3.0, 0.0], [2.0, 6.0]])
+    >>> estimate, low, high = bootstrap_columns(values)
+    >>> estimate.tolist(), low.tolist(), high.tolist()
+    ([2.0, 2.0], [1.0, 0.0], [3.0, 6.0])
+    """
+    array = np.asarray(per_image, np.float64)
+    n_images = len(array) if array.ndim else 0
+    under = np.ones(n_images) if per is None else np.asarray(per, np.float64)
+    if under.shape != (n_images,):
+        raise ValueError(f"per is {list(under.shape)}; one number an image is [{n_images}]")
+    if n_images < 2:
+        raise ValueError(f"a bootstrap over images needs at least 2 images, got {n_images}")
+    if not 0 < level < 1 or n_boot < 1:
+        raise ValueError(f"need 0 < level < 1 and n_boot >= 1, got {level} and {n_boot}")
+    if not (np.isfinite(array).all() and np.isfinite(under).all()):
+        raise ValueError("per_image and per must be finite: leave an image out rather than nan")
+
+    weights = _draws(n_images, n_boot, seed)
+    shared = weights @ under
+    if shared[0] == 0:
+        raise Untestable(f"what all {n_images} images are divided by adds up to 0")
+    usable = np.flatnonzero(shared)[1:]
+    if 2 * len(usable) < n_boot:
+        raise Untestable(
+            f"the denominator is 0 in {n_boot - len(usable)} of {n_boot} draws: too few of the "
+            f"{n_images} images contribute to it"
+        )
+    columns = array.reshape(n_images, -1).T
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    estimate = columns @ weights[0] / shared[0]
+    ends = np.empty((2, len(columns)))
+    block = max(1, _BLOCK // n_boot)
+    for start in range(0, len(columns), block):
+        draws = columns[start : start + block] @ weights[usable].T / shared[usable]
+        ends[:, start : start + block] = np.quantile(draws, tails, axis=1)
+    shape = array.shape[1:]
+    return estimate.reshape(shape), ends[0].reshape(shape), ends[1].reshape(shape)
 
 
 @lru_cache(maxsize=8)  # a study asks for the same draws some hundred times

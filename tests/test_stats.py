@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 from interp.probes.metrics import mean_iou
-from interp.stats import Interval, bootstrap, ratio
+from interp.stats import Interval, bootstrap, bootstrap_columns, ratio
 
 
 def test_interval_prints_formats_and_excludes():
@@ -129,3 +129,44 @@ def test_a_statistic_that_is_not_vectorised_is_refused():
         bootstrap(lambda x: x.sum(), np.ones(5))
     with pytest.raises(ValueError, match="level"):
         bootstrap(lambda x: x, np.ones(5), level=95)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_many_columns_at_once_are_what_they_are_one_by_one(shared, monkeypatch):
+    rng = np.random.default_rng(5)
+    values = rng.normal(0.1, 1.0, (17, 3, 4))
+    per = rng.integers(0, 5, 17) if shared else None
+    monkeypatch.setattr("interp.stats._BLOCK", 5 * 300)  # 12 columns, 5 at a time
+    got = bootstrap_columns(values, per, n_boot=300, level=0.9, seed=3)
+    under = np.ones(17) if per is None else per
+    for at in np.ndindex(3, 4):
+        one = bootstrap(ratio, values[(slice(None), *at)], under, n_boot=300, level=0.9, seed=3)
+        assert [g[at] for g in got] == pytest.approx([one.estimate, one.low, one.high], abs=1e-12)
+
+
+def test_columns_leave_out_draws_without_a_denominator():
+    n = np.zeros(20)
+    n[:4] = 10
+    estimate, low, high = bootstrap_columns(np.stack([n, 0.5 * n], 1), n, n_boot=4000)
+    assert (estimate, low, high) == (pytest.approx([1, 0.5]),) * 3
+    n[1:] = 0  # one image of 20: no draw of it in about 36% of draws
+    assert bootstrap_columns(n[:, None], n)[0] == 1
+    with pytest.raises(ValueError, match="0 in 2 of 2 draws: too few of the 20 images"):
+        bootstrap_columns(n[:, None], n, n_boot=2, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("values", "per", "message"),
+    [
+        (np.ones((5, 2)), np.ones(4), r"per is \[4\]; one number an image is \[5\]"),
+        (np.ones((1, 2)), None, "at least 2 images, got 1"),
+        (np.full((3, 1), np.nan), None, "must be finite"),
+        (np.ones((3, 1)), np.zeros(3), "all 3 images are divided by adds up to 0"),
+        (np.float64(3), None, "at least 2 images, got 0"),
+    ],
+)
+def test_bad_columns_say_what_came(values, per, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_columns(values, per)
+    with pytest.raises(ValueError, match="level"):
+        bootstrap_columns(np.ones((3, 1)), level=95)

@@ -9,3 +9,23 @@ What is explained is a target (`targets`), from which tokens is said by source g
 """
 
 from __future__ import annotations
+
+from interp.attribution.cost import Cost
+from interp.attribution.heads import head_attribution
+from interp.attribution.screen import attribute, verify_edges
+from interp.attribution.sources import Sources
+from interp.attribution.table import HeadTable
+from interp.attribution.targets import AnswerLogit, Custom, ProbeMargin, Target
+
+__all__ = [
+    "AnswerLogit",
+    "Cost",
+    "Custom",
+    "HeadTable",
+    "ProbeMargin",
+    "Sources",
+    "Target",
+    "attribute",
+    "head_attribution",
+    "verify_edges",
+]

@@ -92,6 +92,12 @@ def direct(
         ValueError: another target, or other readers.
         SumMismatch: the parts miss the target by more than 1e-4 of its scale.
     """
+    if any(part.score.linear is None for part in question.parts):
+        raise ValueError(
+            'method="direct" splits what is linear in the stream, which '
+            f'{question.parts[0].score.name} is not known to be; method="gradient" or "exact" '
+            "would do"
+        )
     if question.dst != "queries":
         raise ValueError(
             f'method="direct" splits what is written at the target\'s own positions: dst="queries" '
@@ -110,11 +116,9 @@ def direct(
 
 def _part(question: Question, part: Part, strongest: Strongest | None) -> DirectAttribution:
     model, score = question.model, part.score
-    if score.linear is None or score.row is None or score.position is None:
-        raise ValueError(
-            f'method="direct" splits what is linear in the stream, which {score.name} is not known '
-            'to be; method="gradient" or "exact" would do'
-        )
+    assert score.linear is not None
+    assert score.row is not None
+    assert score.position is not None
     layers, row, position = question.layers, score.row, score.position
     post = model.family.language.names.post_norms
     added = [layer for layer in layers[:-1] if layer < len(model.path().deepstack)]

@@ -106,6 +106,7 @@ class Question:
             "dst": self.dst,
             "groups": list(self.groups),
             "n_images": self.n_images,
+            "sizes": [list(size) for part in self.parts for size in part.x.grid.sizes],
         }
 
 

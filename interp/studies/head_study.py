@@ -1,0 +1,156 @@
+"""A study of heads on a dataset: probes, attribution, a run folder (`interp heads`).
+
+Probes for two stages are fitted on one split; the heads between these stages are attributed on
+another. What comes out is a `HeadTable` with everything needed to look at it again:
+
+    heads.parquet                 the table: head, source group, image; strongest edges
+    heatmap.html                  layers x heads
+    probes.safetensors            the frozen probes
+    summary.json, manifest.json   what was asked, what it cost, how far to trust it
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from interp.attribution.cost import Cost
+from interp.attribution.heads import METHODS, OnStep, head_attribution
+from interp.attribution.screen import attribute
+from interp.attribution.table import HeadTable
+from interp.datasets import scenes
+from interp.model import MLLM
+from interp.probes import ProbeBank
+from interp.runs import RunFolder
+from interp.studies.recovery import fit_bank
+from interp.studies.split import Split
+from interp.studies.study import QUESTION
+
+SCREEN = "screen"
+
+
+@dataclass(frozen=True)
+class HeadArguments:
+    """Everything that decides a head study's numbers, besides model and data themselves.
+
+    Attributes:
+        model: as it was given on the command line, or a name for a module.
+        data: the dataset.
+        method: "screen", or one of `head_attribution`.
+        start, end: stages between which heads are looked at; the last block if `end` is None.
+        sources: groups of source tokens: "region", "place", "whole", or one group.
+        budget: of "screen", the share of heads and groups that is verified exactly.
+        n_probe, n_test: images the probes are fitted on, and images the heads are attributed on.
+        batch_size: images in one forward pass.
+        edges: strongest edges kept of each image.
+        memory: GB beyond the weights that exact effects may use, or None.
+        seed: of every random draw.
+    """
+
+    model: str
+    data: str = "scenes"
+    method: str = SCREEN
+    start: str = "adapter.hook_out"
+    end: str | None = None
+    sources: str = "region"
+    budget: float = 0.05
+    n_probe: int = 200
+    n_test: int = 60
+    batch_size: int = 20
+    edges: int = 50
+    memory: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What `head_attribution` is asked with.
+
+    Attributes:
+        batches: prepared pictures.
+        labels: `[n_images, n_tokens]`.
+        bank: probes at both stages.
+    """
+
+    batches: tuple[Any, ...]
+    labels: np.ndarray
+    bank: ProbeBank
+
+
+def prepare(model: MLLM, arguments: HeadArguments) -> Asked:
+    """Fit the probes, prepare the pictures."""
+    a = arguments
+    if a.data != "scenes":
+        raise ValueError(f'data={a.data!r}: the bundled "scenes" are the data there are')
+    probe, test = (
+        Split.prepare(model, scenes(split), n, QUESTION, batch_size=a.batch_size)
+        for split, n in (("probe", a.n_probe), ("test", a.n_test))
+    )
+    end = a.end or f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    bank = fit_bank(probe, probe.read([a.start, end]), scenes("test").classes)
+    return Asked(test.batches, test.labels, bank)
+
+
+def head_table(
+    model: MLLM,
+    asked: Asked,
+    arguments: HeadArguments,
+    *,
+    dry_run: bool = False,
+    on_step: OnStep | None = None,
+) -> HeadTable | Cost:
+    """Attribute; or with `dry_run` say what that costs."""
+    a = arguments
+    options: dict[str, Any] = {
+        "labels": asked.labels,
+        "start": a.start,
+        "end": a.end,
+        "sources": a.sources,
+        "dry_run": dry_run,
+        "on_step": on_step,
+    }
+    if a.method == SCREEN:
+        options |= {"budget": a.budget, "memory": a.memory, "edges": a.edges, "seed": a.seed}
+        return attribute(model, asked.batches, asked.bank, **options)
+    if a.method not in METHODS:
+        raise ValueError(f"method={a.method!r}; there are {SCREEN}, {', '.join(METHODS)}")
+    options |= {"memory": a.memory} if a.method == "exact" else {"edges": a.edges}
+    return head_attribution(model, asked.batches, asked.bank, method=a.method, **options)
+
+
+def head_study(
+    model: MLLM,
+    out: str | Path,
+    arguments: HeadArguments,
+    *,
+    overwrite: bool = False,
+    on_step: OnStep | None = None,
+) -> HeadTable:
+    """Run a head study and write `out`; returns the table.
+
+    Args:
+        model: the model under study.
+        out: the run folder; see `RunFolder.create` for when an existing one is refused.
+        arguments: what decides the numbers.
+        overwrite: replace another run's files in `out`.
+        on_step: called with (steps done, steps in all).
+    """
+    folder = RunFolder.create(out, "heads", asdict(arguments), overwrite=overwrite)
+    asked = prepare(model, arguments)
+    table = head_table(model, asked, arguments, on_step=on_step)
+    assert isinstance(table, HeadTable)
+    for name, write in (
+        ("heads.parquet", table.save),
+        ("probes.safetensors", asked.bank.save),
+        ("heatmap.html", table.heatmap().write_html),
+    ):
+        with folder.writing(name) as path:
+            write(path)
+    top = table.top(10).to_dict("records")
+    folder.write_json("summary.json", {"about": table.about, "top": top})
+    data = scenes("test")
+    folder.finish(fingerprints={"model": model.fingerprint(), "test_data": data.fingerprint()})
+    return table
