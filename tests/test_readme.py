@@ -18,8 +18,11 @@ SCRIPTS = re.findall(r"```python\n(.*?)```", README, re.S)
 
 
 def test_scripts_for_the_bundled_model_run_in_order(tmp_path):
-    names = ran("\n".join(SCRIPTS[:5]), tmp_path)
-    assert names["out"].shape == (1, names["x"].n_pos, 96)
+    script = "\n".join(SCRIPTS[:6]).replace('"results/tiny/', f'"{ROOT}/results/tiny/')
+    script = script.replace('"edges.html"', repr(str(tmp_path / "edges.html")))
+    names = ran(script, tmp_path)
+    assert names["out"].shape[0::2] == (1, 96)
+    assert names["table"].about["verification"]["n_verified"] == 8
 
 
 def test_the_script_for_ones_own_pictures_runs_on_the_bundled_model(tmp_path):
@@ -28,7 +31,7 @@ def test_the_script_for_ones_own_pictures_runs_on_the_bundled_model(tmp_path):
 
     data = scenes("test")
     large = '"llava-hf/llava-1.5-7b-hf", dtype="bfloat16", device="cuda"'
-    script = SCRIPTS[6].replace(large, '"tiny"')
+    script = SCRIPTS[7].replace(large, '"tiny"')
     script = script.replace("blocks.16", "blocks.4")
     for i, name in enumerate(("beach.jpg", "street.jpg")):
         data[i].image.save(tmp_path / name)
