@@ -100,7 +100,7 @@ class RunDamaged(InterpError, ValueError):
 
 
 class TableError(InterpError, ValueError):
-    """A run's table or summary that lacks what the report is drawn from."""
+    """A table that lacks what is to be computed or drawn from it, or holds what it must not."""
 
 
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:

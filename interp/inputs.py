@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from interp.errors import ImageError
+from interp.errors import ImageError, PositionError
 from interp.families import Family
 from interp.grids import build_grids
 from interp.prompt import Prompt
@@ -82,6 +82,26 @@ class Inputs(Prompt):
         """
         grids = {name: getattr(self, name).select(view) for name in ("grid", "patches", "adapter")}
         return replace(self, **grids)
+
+    def until(self, n_pos: int) -> Inputs:
+        """The same pictures with the prompt cut off behind position `n_pos - 1`.
+
+        In a causal model that leaves the states before it as they were.
+
+        Raises:
+            PositionError: that would cut a picture, or is longer than the prompt.
+        """
+        last = int(np.flatnonzero(self.grid.is_placeholder.any(0)).max(initial=-1))
+        if not last < n_pos <= self.n_pos:
+            raise PositionError(
+                f"until({n_pos}): the last picture ends at position {last}, and the prompt has "
+                f"{self.n_pos}; {last + 1} to {self.n_pos} would do"
+            )
+        cut = {
+            name: tensor[:, :n_pos] if tensor.shape == self.shape else tensor
+            for name, tensor in self.tensors.items()
+        }
+        return replace(self, tensors=cut, grid=replace(self.grid, n_pos=n_pos))
 
 
 def prepare(

@@ -24,6 +24,7 @@ to the variant's rows (`interp.rows`), so they check, change and count as they d
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -43,6 +44,7 @@ from interp.hooks import Pattern
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
 from interp.masking import LayerMask, RunMasks
+from interp.narrow import narrowing
 from interp.onset import Onset
 from interp.rows import Batch, Rows
 from interp.steps import Step
@@ -137,14 +139,26 @@ def each_run(
     change: bool = False,
     batch_size: int | None = None,
     clean: Clean | None = None,
+    only: Tensor | None = None,
 ) -> Iterator[tuple[int, Run]]:
     """The runs of `run_many` one by one as they are made, each with its number in the list.
 
     So that a number can be taken from each and its states forgotten. Arguments and errors are
     those of `run_many`; all edits are checked before anything runs. `clean` is what an earlier
-    clean run of `x` has left (`interp.clean`): what is in it is not computed again.
+    clean run of `x` has left (`interp.clean`): what is in it is not computed again. `only` are the
+    positions `[n]` at which what is read is looked at: the output of one block, whose MLP is then
+    computed at no others (`interp.narrow`).
+
+    Raises:
+        ValueError: `only` with reads other than one "blocks.<layer>.hook_resid_post", or logits.
     """
     names = model.hooks.expand(read)
+    last = [name for name in names if re.fullmatch(r"blocks\.\d+\.hook_resid_post", name)]
+    if only is not None and (logits or len(names) != 1 or names != last):
+        raise ValueError(
+            f"only= is for reading one blocks.<layer>.hook_resid_post, not {', '.join(names)}"
+            f"{' and logits' * logits}"
+        )
     if batch_size is None:
         limit = POSITIONS.get(model.device.type, POSITIONS_ELSEWHERE)
         batch_size = max(1, limit // (len(x) * x.n_pos))
@@ -179,7 +193,7 @@ def each_run(
         size = 1 if start < 0 and model.family.vision.packed else batch_size
         for first in range(0, len(group), size):
             together = group[first : first + size]
-            _run_batch(model, x, together, left, names, logits, strict)
+            _run_batch(model, x, together, left, names, logits, strict, only)
             for variant in together:
                 yield variant.number, _run_of(model, x, variant, names)
                 variant.states, variant.logits = {}, None  # large, and the caller has them
@@ -271,6 +285,7 @@ def _run_batch(
     names: list[str],
     logits: bool,
     strict: bool,
+    only: Tensor | None,
 ) -> None:
     """Variants with the same start, in one forward pass."""
     n, rank = len(variants), model.hooks.rank
@@ -306,6 +321,8 @@ def _run_batch(
             state = torch.empty(0) if before is None else before
         assert clean.inputs is not None
         steps += skip_to(model, start, state, clean.inputs, len(x), n)
+    if only is not None and not (onset and names == [f"blocks.{start}.hook_resid_post"]):
+        steps += narrowing(model, int(names[0].split(".")[1]), only)
     all_logits = forward(model, tensors, steps, logits)
     for number, variant in enumerate(variants):
         with _noted(variant.number, variant.edits):

@@ -94,9 +94,9 @@ class Onset:
             variants: the model as each of them sees it, and the steps of its mask edits here.
         """
         masks = [self._mask(rows, steps) for rows, steps in variants]
-        changed = torch.stack([mask.flatten(0, 1).any(0).any(-1) for _, mask in masks])
+        changed = torch.stack([rows.flatten(0, 1).any(0) for _, rows in masks])
         at = changed.any(0).nonzero()[:, 0]  # positions that some variant changes
-        z = torch.cat([self._z(mask, flips, at) for mask, flips in masks])
+        z = torch.cat([self._z(mask, rows, at) for mask, rows in masks])
         with torch.no_grad():
             out = self.project(z.flatten(-2))
         entering = self.values[f"{self.prefix}.hook_resid_pre"]
@@ -123,7 +123,8 @@ class Onset:
         ]
 
     def _mask(self, rows: Rows, steps: Sequence[Step]) -> tuple[Tensor, Tensor]:
-        """A variant's mask and where it differs, `[batch, 1 or head, query, key]` bool."""
+        """A variant's mask, `[batch, 1 or head, query, key]` bool, and the rows that differ,
+        `[batch, 1 or head, query]` bool."""
         given = GivenCall(self.call)
         rows.values, rows.calls = self.values, {self.attention: given}
         for step in sorted(steps, key=lambda step: step.rank):
@@ -132,16 +133,17 @@ class Onset:
         mask, base = given.inputs[1]["attention_mask"], self.call[1].get("attention_mask")
         if base is None:
             base = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
-        return mask, mask != as_bool(base)
+        differs = (mask != as_bool(base)).view(torch.uint8)  # whose maximum is faster than any()
+        return mask, differs.amax(-1).bool()
 
-    def _z(self, mask: Tensor, flips: Tensor, at: Tensor) -> Tensor:
+    def _z(self, mask: Tensor, changed: Tensor, at: Tensor) -> Tensor:
         """A variant's z at the positions `at`, `[batch, n, head, d_head]`."""
         query, key, value, clean = (
             self.values[f"{self.prefix}.attn.hook_{part}"] for part in ("rot_q", "rot_k", "v", "z")
         )
         n_heads = query.shape[2]
         z = clean[:, at].clone()
-        heads = flips.any(-1).any(-1).any(0).expand(n_heads).nonzero()[:, 0]
+        heads = changed.any(-1).any(0).expand(n_heads).nonzero()[:, 0]
         if len(heads):
             of_keys = heads // (n_heads // key.shape[2])
             rows = mask.expand(-1, n_heads, -1, -1)[:, heads][:, :, at]

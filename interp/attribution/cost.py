@@ -128,19 +128,19 @@ def cost_of(
             n * (last - layer + ONSET) for n, layer in zip(counts, question.layers, strict=True)
         )
         blocks = (1 + patch) * depth + later
-        towers = 1.0 + patch
         gigabytes = _clean(question, part) + size * _variant(question, part)
         backwards = 0
     else:
         size = 1
         passes = 1 + patch + steps
         backwards = 0 if method == "direct" else 1 + steps
-        forwards, towers = passes, float(passes)
+        forwards = passes
         blocks = passes * depth + backwards * BACKWARD * behind
         gigabytes = _graph(question, part) if backwards else _clean(question, part)
     seconds = None
-    if measured is not None:
-        seconds = n_parts * (towers * measured.before + blocks * measured.block)
+    if measured is not None:  # the towers run once a batch, if they have not run by now
+        towers = sum(one.clean.inputs is None for one in question.parts) + patch * n_parts
+        seconds = towers * measured.before + n_parts * blocks * measured.block
     return Cost(
         forwards * n_parts, backwards * n_parts, blocks * n_parts, gigabytes / GB, seconds, size
     )

@@ -166,7 +166,7 @@ class Estimates:
         return float(np.corrcoef(rankdata(mine), rankdata(theirs))[0, 1])
 
     def overlap(self, other: Self, k: int = 10, by: str | Sequence[str] = HEADS) -> float:
-        """Share of the `k` largest estimates that are among the other table's `k` largest.
+        """Share of the `k` largest estimates (of either sign) that are among the other's `k`.
 
         Raises:
             TableError: the tables are not of the same heads, or have fewer than `k`.
@@ -174,7 +174,9 @@ class Estimates:
         mine, theirs = self._beside(other, by)
         if not 1 <= k <= len(mine):
             raise TableError(f"k={k}: the tables have {len(mine)} to choose from")
-        first, second = (set(np.argsort(-v, kind="stable")[:k].tolist()) for v in (mine, theirs))
+        first, second = (
+            set(np.argsort(-np.abs(v), kind="stable")[:k].tolist()) for v in (mine, theirs)
+        )
         return len(first & second) / k
 
     # -- inside -----------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def exact(
             f"{question.layers[-1]}, {question.shape[1]} heads and groups {list(question.groups)}"
         )
     if patch is not None:
-        check_patch(question, patch)
+        patch = check_patch(question, patch)
     layers, n_heads, n_groups = question.shape
     found = []
     for number, part in enumerate(question.parts):
@@ -116,6 +116,7 @@ def effects(
         allow_empty_rows=True,
         batch_size=batch_size,
         clean=part.clean,
+        only=part.read_at,
     )
     for number, run in made:
         score = _score(part, run)
@@ -153,6 +154,7 @@ def open_edges(question: Question, part: Part, layer: int, group: int) -> EdgeSe
             question.end,
             clean=part.clean,
             keep=True,
+            only=part.read_at,
         )
         part.masks.update(reading.masks)
     mask = part.masks[layer]
@@ -177,18 +179,24 @@ def _patches(
     ]
 
 
-def check_patch(question: Question, patch: Sequence[Inputs]) -> None:
-    """Raise unless other batches can be patched in, position by position."""
+def check_patch(question: Question, patch: Sequence[Inputs]) -> list[Inputs]:
+    """The other batches, cut off where the question's are.
+
+    Raises:
+        ValueError: they cannot be patched in, position by position.
+    """
     if question.groups != ("all",):
         raise ValueError(
             f"patch= puts in whole heads, and this question has the source groups "
             f'{", ".join(question.groups)}; sources="whole" would do'
         )
-    if [x.shape for x in patch] != [part.x.shape for part in question.parts]:
+    shapes = [part.shape for part in question.parts]
+    if [x.shape for x in patch] != shapes:
         raise ValueError(
             f"patch= has batches {[list(x.shape) for x in patch]}, the question "
-            f"{[list(part.x.shape) for part in question.parts]}: position by position, so alike"
+            f"{[list(shape) for shape in shapes]}: position by position, so alike"
         )
+    return [x.until(part.x.n_pos) for x, part in zip(patch, question.parts, strict=True)]
 
 
 def _score(part: Part, run: Run) -> Tensor:

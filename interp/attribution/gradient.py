@@ -65,7 +65,12 @@ def gradient(
     Raises:
         ValueError: a patch with source groups, or of another shape; a target without a gradient.
     """
-    _check(question, steps, patch, strongest)
+    if steps < 0:
+        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
+    if patch is not None:
+        patch = check_patch(question, patch)
+        if strongest is not None:
+            raise ValueError("patch= puts in whole heads: there are no edges to keep")
     found = []
     for number, part in enumerate(question.parts):
         layers, sources = question.layers, part.sources
@@ -105,20 +110,6 @@ def gradient(
     return torch.cat(found)
 
 
-def _check(
-    question: Question,
-    steps: int,
-    patch: Sequence[Inputs] | None,
-    strongest: Strongest | None,
-) -> None:
-    if steps < 0:
-        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
-    if patch is not None:
-        check_patch(question, patch)
-        if strongest is not None:
-            raise ValueError("patch= puts in whole heads: there are no edges to keep")
-
-
 def _last(question: Question) -> str:
     return f"blocks.{question.layers[-1]}.attn.hook_z"
 
@@ -143,6 +134,7 @@ def _pass(
         offsets=offsets,
         clean=part.clean,
         keep=keep,
+        only=part.read_at,
     )
 
 

@@ -47,6 +47,7 @@ class Part:
         sources: who reads, and from which groups.
         first_image: number of its first row over all batches.
         clean: what clean runs of the batch have left, so that the towers need not run again.
+        shape: (rows, positions) of the batch as it was given; `x` may end with its last picture.
         masks: by layer, `[n, pos]` bool, what the readers may attend to; filled when first needed.
         edges: by layer and group, the open edges between them, likewise.
     """
@@ -55,9 +56,20 @@ class Part:
     score: Score
     sources: Sources
     first_image: int
-    clean: Clean = field(default_factory=Clean)
+    clean: Clean
+    shape: torch.Size
     masks: dict[int, torch.Tensor] = field(default_factory=dict)
     edges: dict[tuple[int, int], EdgeSet] = field(default_factory=dict)
+
+    @property
+    def read_at(self) -> torch.Tensor | None:
+        """`[n]` the positions at which the target is read in any row; None where that is not known,
+        or is nearly everywhere."""
+        position = self.score.position
+        if position is None or self.score.end == "logits":
+            return None
+        at = position.unique()
+        return at if len(at) < 0.8 * self.x.n_pos else None
 
     def forget(self) -> None:
         """Let go of the clean run's states; what the language model is given stays."""
@@ -155,9 +167,11 @@ def ask(
             )
     start = canonical(start)
     end = _end(model, end, target, probes)
-    first_layer, last = _after(model, start), _until(model, end)
-    if first_layer > last:
-        raise ValueError(f"no head lies between start={start!r} and end={end!r}")
+    whole_shapes = [x.shape for x in batches]
+    if target is None and dst != "all" and not _given(sources) and not model.family.prefix:
+        # what follows the last picture cannot reach it
+        batches = tuple(x.until(_end_of_pictures(x)) for x in batches)
+    layers = layers_between(model, start, end)
     flat = _flat(labels, batches)
     right, said, kept = [], [], []
     if probes is not None and flat is not None:
@@ -183,8 +197,8 @@ def ask(
     ready = _ready(sources, scores, batches)
     if ready is None:
         readers = [_readers(x, score, dst) for x, score in zip(batches, scores, strict=True)]
-        ready, first = [], batches[0].grid.token_at[readers[0]]
-        kind, groups = _kind(sources, by_labels=bool(right), words=bool((first < 0).any()))
+        ready, first = [], batches[0].grid.token_at[tuple(one.numpy() for one in readers[0])]
+        kind, groups = kinds(sources, by_labels=bool(right), words=bool((first < 0).any()))
         for number, (x, (row, position)) in enumerate(zip(batches, readers, strict=True)):
             if kind == "region":
                 assert flat is not None
@@ -200,11 +214,11 @@ def ask(
     parts, first_image = [], 0
     for number, (x, score, read_from) in enumerate(zip(batches, scores, ready, strict=True)):
         inputs = kept[number].inputs if kept else None
-        parts.append(Part(x, score, read_from, first_image, Clean(inputs=inputs)))
+        clean = Clean(inputs=inputs)
+        parts.append(Part(x, score, read_from, first_image, clean, whole_shapes[number]))
         first_image += len(x)
     if any(not _same_readers(part.score, part.sources) for part in parts):
         dst = "given" if dst == "queries" else dst
-    layers = range(first_layer, last + 1)
     return Question(model, tuple(parts), start, end, layers, ready[0].names, dst)
 
 
@@ -223,11 +237,29 @@ def _end(
         )
     if end is not None and own is not None and canonical(end) != own:
         raise ValueError(f"the target is read at {own!r}, and end={end!r}; leave end out")
-    chosen = own or end or f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    chosen = own or end or last_stage(model)
     chosen = chosen if chosen == "logits" else canonical(chosen)
     if target is None and probes is not None:
         probes.weight(chosen)  # raises, naming the stages that there are
     return chosen
+
+
+def last_stage(model: MLLM) -> str:
+    """The residual stream behind the last block."""
+    return f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+
+
+def layers_between(model: MLLM, start: str, end: str) -> range:
+    """The layers whose heads lie between two stages.
+
+    Raises:
+        UnknownHook: a stage that the model does not have.
+        ValueError: there are none, or something that is no stage.
+    """
+    first, last = _after(model, start), _until(model, end)
+    if first > last:
+        raise ValueError(f"no head lies between start={start!r} and end={end!r}")
+    return range(first, last + 1)
 
 
 def _after(model: MLLM, start: str) -> int:
@@ -299,8 +331,8 @@ def _ready(
     sources: Any, scores: Sequence[Score], batches: Sequence[Inputs]
 ) -> list[Sources] | None:
     """Ready-made sources, one a batch, readers in the order of the target's queries."""
-    listed = [sources] if isinstance(sources, Sources) else sources
-    if listed is None or isinstance(listed, str) or not isinstance(listed[0], Sources):
+    listed = [sources] if isinstance(sources, Sources) else list(sources or ())
+    if not _given(sources):
         return None
     if len(listed) != len(batches) or len({one.names for one in listed}) != 1:
         raise ValueError(
@@ -314,6 +346,18 @@ def _ready(
     return [one.in_order(score) for one, score in zip(listed, scores, strict=True)]
 
 
+def _given(sources: Any) -> bool:
+    """Whether these are ready-made `Sources`, and not names."""
+    if isinstance(sources, str) or sources is None:
+        return False
+    return isinstance(sources, Sources) or (len(sources) > 0 and isinstance(sources[0], Sources))
+
+
+def _end_of_pictures(x: Inputs) -> int:
+    """How many positions hold the batch's pictures and what precedes them."""
+    return int(np.flatnonzero(x.grid.is_placeholder.any(0)).max()) + 1
+
+
 def _same_readers(score: Score, sources: Sources) -> bool:
     """Whether those who read are the target's queries."""
     if score.row is None or score.position is None:
@@ -321,7 +365,9 @@ def _same_readers(score: Score, sources: Sources) -> bool:
     return torch.equal(score.row, sources.row) and torch.equal(score.position, sources.position)
 
 
-def _kind(sources: Any, *, by_labels: bool, words: bool) -> tuple[str, tuple[str, ...] | None]:
+def kinds(
+    sources: Any, *, by_labels: bool, words: bool = False
+) -> tuple[str, tuple[str, ...] | None]:
     """(kind of groups, which of them); `words` if readers are no image tokens."""
     if sources is None:
         return ("region" if by_labels and not words else "place"), None

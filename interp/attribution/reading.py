@@ -26,6 +26,7 @@ from interp.edits.receipts import Receipts
 from interp.execution import Run, forward, value_steps
 from interp.inputs import Inputs
 from interp.instrumented import Instrumented
+from interp.narrow import narrowing
 from interp.onset import Onset
 from interp.steps import BEFORE, Step
 
@@ -176,6 +177,7 @@ def read(
     offsets: Mapping[int, Tensor] | None = None,
     clean: Clean | None = None,
     keep: bool = False,
+    only: Tensor | None = None,
 ) -> Reading:
     """One pass up to `end`.
 
@@ -191,6 +193,8 @@ def read(
         clean: of an earlier clean run of `x`; the towers are not run again if it has what the
             language model is given, and it is told that if it has not.
         keep: tell it also all that runs need to leave this one in any of the layers.
+        only: `[n]` the positions at which the target is read, if it says so: the last MLP is
+            computed at no others (`interp.narrow`).
     """
     states: dict[str, Tensor] = {}
     looks = {layer: Look(model, layer, row, position) for layer in layers}
@@ -200,6 +204,8 @@ def read(
         offset = None if offsets is None else offsets[layer]
         steps += look.steps(offset, leaf=grad and number == 0, grad=grad)
     logits = end == "logits"
+    if only is not None and not logits and not extra:
+        steps += narrowing(model, layers[-1], only)
     rest = [name for name in extra if name != end]
     steps += value_steps(model, x, rest, [], states)
     if not logits:

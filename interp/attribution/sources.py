@@ -128,7 +128,8 @@ def by_region(
         right: `[n_tokens]` bool, tokens whose class is read rightly where the question starts.
     """
     token = x.grid.token_at
-    dst, src = token[row, position], token[row]  # [n], [n, n_pos]
+    rows = row.numpy()  # a tensor with one number would pass for that number
+    dst, src = token[rows, position.numpy()], token[rows]  # [n], [n, n_pos]
     if (dst < 0).any():
         raise EdgeError(
             'sources="region" sorts what image tokens read; for readers that are words take '
@@ -137,7 +138,7 @@ def by_region(
     region = np.asarray(x.grid.regions(labels))
     same = (region[src] == region[dst][:, None]) & (region[src] >= 0)
     group = np.where(same, np.where(right[src], 0, 1), 2)
-    outside = ~x.grid.is_placeholder[row]
+    outside = ~x.grid.is_placeholder[rows]
     group[outside & (src < 0)] = REGION.index("text and BOS")
     group[(src < 0) & ~outside] = REGION.index("other regions")  # newlines, another view
     return _with_self(REGION, row, position, group)
@@ -147,7 +148,7 @@ def by_place(x: Inputs, row: Tensor, position: Tensor) -> Sources:
     """Groups by what stands at a source: picture, words, the first token of the row."""
     group = np.where(x.grid.is_placeholder, PLACE.index("image"), PLACE.index("text"))
     group[x.is_first] = PLACE.index("first token")
-    return _with_self(PLACE, row, position, group[row])
+    return _with_self(PLACE, row, position, group[row.numpy()])
 
 
 def whole(x: Inputs, row: Tensor, position: Tensor) -> Sources:

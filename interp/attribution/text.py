@@ -81,13 +81,13 @@ def verification(about: Mapping[str, Any]) -> str:
         parts[0] += f" (and {told['n_sampled']} drawn at random)"
     if told.get("spearman") is not None:
         parts.append(f"Spearman {told['spearman']:.2f}")
-    if told.get("recall") is not None:
-        top = f"top {told['k']}" if told.get("k") else "top"
-        parts.append(f"recall of the exact {top} {told['recall']:.2f}")
     if told.get("missed_at_most") is not None:
         size = f" of {told['threshold']:.3g} or more" if told.get("threshold") is not None else ""
         sure = f" ({told['confidence']:.0%} sure)" if told.get("confidence") is not None else ""
         parts.append(f"at most {told['missed_at_most']} others have an effect{size}{sure}")
+    if told.get("recall") is not None:
+        top = f"top {told['k']}" if told.get("k") else "top"
+        parts.append(f"estimated recall of the exact {top} {told['recall']:.2f}")
     return f"Verified exactly: {'; '.join(parts)}."
 
 

@@ -232,6 +232,7 @@ class Family:
         deepstack_reads: the vision blocks that they read, in their order.
         inputs: names of the model inputs that `prepare` passes on, in addition to the common ones.
         needs: those of them without which the family computes something else.
+        prefix: whether a picture sees the words behind it, the prompt being one block.
     """
 
     name: str
@@ -247,6 +248,7 @@ class Family:
     deepstack_reads: Callable[[Any], tuple[int, ...]] = lambda config: ()
     inputs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
+    prefix: bool = False
 
     COMMON: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "pixel_values")
 

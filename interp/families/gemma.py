@@ -47,4 +47,5 @@ PALIGEMMA = Family(
     layout=square,
     inputs=("token_type_ids",),
     needs=("token_type_ids",),
+    prefix=True,
 )

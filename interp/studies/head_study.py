@@ -19,6 +19,7 @@ import numpy as np
 
 from interp.attribution.cost import Cost
 from interp.attribution.heads import METHODS, OnStep, head_attribution
+from interp.attribution.question import kinds, last_stage, layers_between
 from interp.attribution.screen import attribute
 from interp.attribution.table import HeadTable
 from interp.datasets import scenes
@@ -80,16 +81,30 @@ class Asked:
     bank: ProbeBank
 
 
-def prepare(model: MLLM, arguments: HeadArguments) -> Asked:
-    """Fit the probes, prepare the pictures."""
+def check(model: MLLM, arguments: HeadArguments) -> None:
+    """Raise for arguments that cannot be, before anything is run or written.
+
+    Raises:
+        ValueError: data, a method, sources or a stage that there is not.
+    """
     a = arguments
     if a.data != "scenes":
         raise ValueError(f'data={a.data!r}: the bundled "scenes" are the data there are')
+    if a.method not in (SCREEN, *METHODS):
+        raise ValueError(f"method={a.method!r}; there are {SCREEN}, {', '.join(METHODS)}")
+    kinds(a.sources, by_labels=True)
+    layers_between(model, a.start, a.end or last_stage(model))
+
+
+def prepare(model: MLLM, arguments: HeadArguments) -> Asked:
+    """Fit the probes, prepare the pictures."""
+    a = arguments
+    check(model, a)
     probe, test = (
         Split.prepare(model, scenes(split), n, QUESTION, batch_size=a.batch_size)
         for split, n in (("probe", a.n_probe), ("test", a.n_test))
     )
-    end = a.end or f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    end = a.end or last_stage(model)
     bank = fit_bank(probe, probe.read([a.start, end]), scenes("test").classes)
     return Asked(test.batches, test.labels, bank)
 
@@ -115,8 +130,6 @@ def head_table(
     if a.method == SCREEN:
         options |= {"budget": a.budget, "memory": a.memory, "edges": a.edges, "seed": a.seed}
         return attribute(model, asked.batches, asked.bank, **options)
-    if a.method not in METHODS:
-        raise ValueError(f"method={a.method!r}; there are {SCREEN}, {', '.join(METHODS)}")
     options |= {"memory": a.memory} if a.method == "exact" else {"edges": a.edges}
     return head_attribution(model, asked.batches, asked.bank, method=a.method, **options)
 
@@ -138,6 +151,7 @@ def head_study(
         overwrite: replace another run's files in `out`.
         on_step: called with (steps done, steps in all).
     """
+    check(model, arguments)
     folder = RunFolder.create(out, "heads", asdict(arguments), overwrite=overwrite)
     asked = prepare(model, arguments)
     table = head_table(model, asked, arguments, on_step=on_step)
