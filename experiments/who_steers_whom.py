@@ -14,6 +14,7 @@ from interp.attribution import head_attribution, verify_edges
 from interp.datasets import scenes
 from interp.studies import Split
 from interp.studies.recovery import fit_bank
+from interp.threads import suit_threads
 
 START = "adapter.hook_out"
 
@@ -22,6 +23,7 @@ def main(
     model: str = "tiny", image: int = 0, n: int = 12, out: Path = Path("who_steers_whom.html")
 ) -> None:
     vlm, question = MLLM.load(model), "What is in the picture?"
+    suit_threads(vlm)
     probe = Split.prepare(vlm, scenes("probe"), 100, question, batch_size=20)
     bank = fit_bank(probe, probe.read([START, vlm.stages[-1]]), scenes("probe").classes)
 

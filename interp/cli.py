@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 console = Console()
 
-#: below this many parameters two CPU threads wait for each other longer than they work
-SMALL = 20_000_000
-
 
 @app.callback(invoke_without_command=True)
 def main(
@@ -58,17 +55,15 @@ def study(
     overwrite: Annotated[bool, typer.Option(help="Replace another study in OUT.")] = False,
 ) -> None:
     """Run the paper's four experiments on a model and write tables, probes and a report."""
-    import torch
-
     from interp.report.text import findings_table
     from interp.studies.study import StudyArguments
     from interp.studies.study import study as run_study
+    from interp.threads import suit_threads
 
     arguments = StudyArguments(model=model, n_probe=n_probe, n_test=n_test, seed=seed)
     try:
         loaded = _load(model, device=device, dtype=dtype)
-        if threads or loaded.n_parameters < SMALL:
-            torch.set_num_threads(threads or 1)
+        suit_threads(loaded, threads)
         summary = run_study(loaded, out, arguments, overwrite=overwrite)
     except (InterpError, ValueError) as error:
         _fail(error)
@@ -107,9 +102,8 @@ def heads(
     overwrite: Annotated[bool, typer.Option(help="Replace another run in OUT.")] = False,
 ) -> None:
     """Attribute the recovery to heads, by the tokens they read from."""
-    import torch
-
     from interp.studies.head_study import HeadArguments, head_study, head_table, prepare
+    from interp.threads import suit_threads
 
     arguments = HeadArguments(
         model, data, method, start, end, sources, budget, n_probe, n_test, batch_size,
@@ -119,8 +113,7 @@ def heads(
         if out is None and not dry_run:
             raise ValueError("--out is missing: the run folder to write (or --dry-run)")
         loaded = _load(model, device=device, dtype=dtype)
-        if threads or loaded.n_parameters < SMALL:
-            torch.set_num_threads(threads or 1)
+        suit_threads(loaded, threads)
         if dry_run:
             asked = prepare(loaded, arguments)
             console.print(f"{method}: {head_table(loaded, asked, arguments, dry_run=True)}")
