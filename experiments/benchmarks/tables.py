@@ -132,16 +132,16 @@ class Report:
         }
 
 
-def into_page(page: str, block: str) -> str:
+def into_page(page: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`page` with `block` between its markers.
 
     Raises:
         ValueError: the page has no markers.
     """
-    if BEGIN not in page or END not in page:
-        raise ValueError(f"the page has no place for the tables; write {BEGIN} and {END} into it")
-    head, rest = page.split(BEGIN, 1)
-    return f"{head}{BEGIN}\n{block}\n{END}{rest.split(END, 1)[1]}"
+    if begin not in page or end not in page:
+        raise ValueError(f"the page has no place for the tables; write {begin} and {end} into it")
+    head, rest = page.split(begin, 1)
+    return f"{head}{begin}\n{block}\n{end}{rest.split(end, 1)[1]}"
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

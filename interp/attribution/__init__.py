@@ -11,7 +11,11 @@ What is explained is a target (`targets`), from which tokens is said by source g
 from __future__ import annotations
 
 from interp.attribution.cost import Cost
+from interp.attribution.head_set import MinimalHeads
 from interp.attribution.heads import head_attribution
+from interp.attribution.minimal import minimal_heads
+from interp.attribution.path_table import PathTable
+from interp.attribution.paths import path_attribution
 from interp.attribution.screen import attribute, verify_edges
 from interp.attribution.sources import Sources
 from interp.attribution.table import HeadTable
@@ -22,10 +26,14 @@ __all__ = [
     "Cost",
     "Custom",
     "HeadTable",
+    "MinimalHeads",
+    "PathTable",
     "ProbeMargin",
     "Sources",
     "Target",
     "attribute",
     "head_attribution",
+    "minimal_heads",
+    "path_attribution",
     "verify_edges",
 ]

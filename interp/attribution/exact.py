@@ -16,6 +16,7 @@ from torch import Tensor
 
 from interp.attribution.question import Part, Question
 from interp.attribution.reading import read
+from interp.clean import Clean
 from interp.edges import EdgeSet
 from interp.edits import Knockout, Patch
 from interp.edits.base import Edit
@@ -90,6 +91,7 @@ def effects(
     *,
     strict: bool = True,
     batch_size: int | None = None,
+    clean: Clean | None = None,
     on_run: Callable[[int], None] | None = None,
 ) -> Tensor:
     """What the target loses by each list of edits, on one batch: `[n_variants, n_rows]`.
@@ -100,10 +102,11 @@ def effects(
         variants: lists of edits; an empty one has the effect 0.
         strict: raise for edits that change nothing.
         batch_size: of `interp.many`.
+        clean: a clean run of the batch; by default what the question holds of it.
         on_run: called with the number of variants done.
     """
     scores = torch.zeros(len(variants), len(part.x), dtype=torch.float64)
-    clean = torch.zeros(len(part.x), dtype=torch.float64)
+    before = torch.zeros(len(part.x), dtype=torch.float64)
     doing = [number for number, edits in enumerate(variants) if edits]
     made = each_run(
         question.model,
@@ -115,20 +118,20 @@ def effects(
         mass=False,
         allow_empty_rows=True,
         batch_size=batch_size,
-        clean=part.clean,
+        clean=part.clean if clean is None else clean,
         only=part.read_at,
     )
     for number, run in made:
         score = _score(part, run)
         if number == 0:
-            clean = score
+            before = score
         else:
             scores[doing[number - 1]] = score
         if on_run and number:
             on_run(1)
     untouched = [number for number, edits in enumerate(variants) if not edits]
-    scores[untouched] = clean
-    return clean - scores
+    scores[untouched] = before
+    return before - scores
 
 
 def cuts(question: Question, part: Part, units: Iterable[Unit]) -> list[Edit]:

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 
 from interp.errors import TableError
 
-FORMAT = "interp.HeadTable/1"
 KEY = b"interp"
 COLUMN = "edges"
 
@@ -31,6 +30,7 @@ def write_table(
     rows: pd.DataFrame,
     edges: pd.DataFrame | None,
     about: dict[str, Any],
+    kind: str = "HeadTable",
 ) -> None:
     """Write beside `path`, then rename. Rows sorted by image, edges too, and only of their images.
 
@@ -40,7 +40,7 @@ def write_table(
     table = pa.Table.from_pandas(rows, preserve_index=False)
     if edges is not None:
         table = table.append_column(COLUMN, _nested(rows["image"].to_numpy(), edges))
-    note = json.dumps({"format": FORMAT, "about": about, "edges": edges is not None})
+    note = json.dumps({"format": f"interp.{kind}/1", "about": about, "edges": edges is not None})
     table = table.replace_schema_metadata({**(table.schema.metadata or {}), KEY: note})
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -52,6 +52,7 @@ def write_table(
 
 def read_table(
     path: str | os.PathLike[str],
+    kind: str = "HeadTable",
 ) -> tuple[pd.DataFrame, pd.DataFrame | None, dict[str, Any]]:
     """Rows, edges and about of a file that `write_table` wrote.
 
@@ -64,12 +65,12 @@ def read_table(
         note = json.loads((table.schema.metadata or {}).get(KEY, b"{}"))
     except (pa.ArrowException, ValueError) as error:
         raise TableError(
-            f"{os.fspath(path)} is not a file that HeadTable.save wrote: {error}"
+            f"{os.fspath(path)} is not a file that {kind}.save wrote: {error}"
         ) from error
-    if note.get("format") != FORMAT:
+    if (found := note.get("format")) != f"interp.{kind}/1":
+        what = f"it holds {found}" if found else "pandas.read_parquet(path) may know what it holds"
         raise TableError(
-            f"{os.fspath(path)} is a parquet file, but not one that HeadTable.save wrote; make a "
-            "table of it with HeadTable(pandas.read_parquet(path))"
+            f"{os.fspath(path)} is a parquet file, but not one that {kind}.save wrote; {what}"
         )
     edges = None
     if note["edges"]:
