@@ -35,14 +35,14 @@ def main(model: str = "tiny", n: int = 40, seed: int = 0, out: Path | None = Non
     print(exact)
 
     agree = pd.DataFrame(columns=["Spearman", "top 10"])
-    ways: dict[str, dict[str, Any]] = {
+    ways: dict[str, Any] = {
         "direct": {"method": "direct"},
         "gradient, softmax linearised": {"corrected": False},
         "gradient": {},
         "gradient, 5 steps": {"steps": 5},
     }
     for name, options in ways.items():
-        table = head_attribution(*study, **options, **asked)
+        table = head_attribution(*study, **(options | asked))
         agree.loc[name] = [table.spearman(exact), table.overlap(exact)]
     print("\nAgreement with exact effects\n", agree.round(2).to_string(), "\n")
 

@@ -1,7 +1,7 @@
 """How many CPU threads a model is worth.
 
-The matrices of a small model are too small to share: two threads lose more by waiting for each other
-than they gain, and on a busy machine they lose five times over.
+The matrices of a small model are too small to share: two threads lose more by waiting for each
+other than they gain, and on a busy machine they lose five times over.
 """
 
 from __future__ import annotations

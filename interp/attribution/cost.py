@@ -23,8 +23,6 @@ from interp.many import POSITIONS, POSITIONS_ELSEWHERE
 GB = 1e9
 #: a block's backward pass in forward passes: gradients of states only, weights are frozen
 BACKWARD = 2.0
-#: what of its own block a cut head makes anew
-ONSET = 0.3
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,8 @@ def cost_of(
         counts = n_units or [n_heads * n_groups] * behind
         forwards = 1 + patch + sum(math.ceil(n / size) for n in counts)
         later = sum(
-            n * (last - layer + ONSET) for n, layer in zip(counts, question.layers, strict=True)
+            n * (last - layer + onset_share(question))
+            for n, layer in zip(counts, question.layers, strict=True)
         )
         blocks = (1 + patch) * depth + later
         gigabytes = _clean(question, part) + size * _variant(question, part)
@@ -144,6 +143,12 @@ def cost_of(
     return Cost(
         forwards * n_parts, backwards * n_parts, blocks * n_parts, gigabytes / GB, seconds, size
     )
+
+
+def onset_share(question: Question) -> float:
+    """What of its own block a cut head makes anew: the positions that read, of all."""
+    reading = sum(len(part.sources.position.unique()) for part in question.parts)
+    return reading / sum(part.x.n_pos for part in question.parts)
 
 
 def default_batch_size(question: Question, part: Part) -> int:

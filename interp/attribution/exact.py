@@ -131,6 +131,8 @@ def effects(
             on_run(1)
     untouched = [number for number, edits in enumerate(variants) if not edits]
     scores[untouched] = before
+    if on_run and untouched:
+        on_run(len(untouched))
     return before - scores
 
 

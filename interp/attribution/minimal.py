@@ -36,12 +36,12 @@ import pandas as pd
 import torch
 
 from interp.attribution.cost import (
-    ONSET,
     Cost,
     Pace,
     batch_size_within,
     cost_of,
     default_batch_size,
+    onset_share,
     pace,
 )
 from interp.attribution.exact import effects, open_edges
@@ -364,7 +364,7 @@ def _cost(
         n_parts = len(question.parts)
         for n in (1, *rounds):
             forwards = n_parts * min(n, math.ceil(n / size) + n_layers - 1)
-            blocks = n_parts * n * (n_layers - 1 + ONSET)
+            blocks = n_parts * n * (n_layers - 1 + onset_share(question))
             seconds = None if measured is None else blocks * measured.block
             cut = Cost(forwards, 0, blocks, 0.0, seconds, size)
             total = clean + cut if total is None else total + clean + cut

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,13 +23,12 @@ from interp.attribution.sources import PLACE, REGION, WHOLE, Sources, by_place, 
 from interp.attribution.targets import Custom, ProbeMargin, Score, Target
 from interp.clean import Clean, clean_run
 from interp.edges import EdgeSet
-from interp.edits.receipts import Receipts
 from interp.errors import Untestable
-from interp.execution import Run
 from interp.hooks import canonical
 from interp.inputs import Inputs
 from interp.labels import IGNORE
 from interp.model import MLLM
+from interp.pooling import pool
 from interp.probes import ProbeBank
 
 GROUPS = {"region": REGION, "place": PLACE, "whole": WHOLE}
@@ -177,8 +175,7 @@ def ask(
     if probes is not None and flat is not None:
         for x, own in zip(batches, flat, strict=True):
             kept.append(clean_run(model, x, [start]))
-            run = Run(kept[-1].states, None, Receipts([]), x.grid, partial(model.grid_of, x=x))
-            tokens = run.per_token(start).flatten(0, 1).float().cpu()
+            tokens = _tokens(model, x, start, kept[-1].states[start]).float().cpu()
             said.append(probes.predict(start, tokens).numpy())
             right.append((said[-1] == own) & (own != IGNORE))
     scores = []
@@ -220,6 +217,19 @@ def ask(
     if any(not _same_readers(part.score, part.sources) for part in parts):
         dst = "given" if dst == "queries" else dst
     return Question(model, tuple(parts), start, end, layers, ready[0].names, dst)
+
+
+def _tokens(model: MLLM, x: Inputs, stage: str, state: torch.Tensor) -> torch.Tensor:
+    """A stage's state at the image tokens of a batch, `[n_tokens, d]` in grid order."""
+    grid = model.grid_of(stage, x)
+    if grid.uniform:
+        return pool(grid.gather(state), grid, x.grid).flatten(0, 1)
+    if len(grid) != len(x.grid):
+        raise ValueError(
+            f"pictures of different sizes, and start={stage!r} has several vectors a token; "
+            'start="adapter.hook_out" would do'
+        )
+    return torch.cat(grid.split(state))
 
 
 def _end(

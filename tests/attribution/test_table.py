@@ -394,9 +394,7 @@ def test_the_text_answers_what_on_how_much_which_how_sure_and_whether_checked():
     assert "Pulls away most" in told
     assert "Verified exactly: 4 of 18 units (and 6 drawn at random); Spearman 0.91" in told
     assert "recall of the exact top 10 0.90" in told.replace("\n", " ")
-    assert "at most 2 others have an effect of 0.0312 or more (95% sure)" in told.replace(
-        "\n", " "
-    )
+    assert "at most 2 others have an effect of 0.0312 or more (95% sure)" in told.replace("\n", " ")
     assert max(map(len, told.split("\n"))) <= 100
     assert "\x1b" not in told
 
