@@ -28,11 +28,12 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from interp.attribution.asking import ask
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
-from interp.attribution.question import Question, ask
+from interp.attribution.question import Question
 from interp.attribution.strongest import Strongest
 from interp.attribution.table import HeadTable
 from interp.inputs import Inputs
@@ -84,7 +85,7 @@ def head_attribution(
         on_step: called with (steps done, steps in all) while it runs; a step is a picture, for
             "exact" a head and group cut in a batch.
         question: what is asked: `labels`, `start`, `end`, `target`, `sources`, `dst`, see
-            `interp.attribution.question.ask`.
+            `interp.attribution.asking.ask`.
 
     Returns:
         A `HeadTable`, or with `dry_run` a `Cost`.

@@ -35,6 +35,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from interp.attribution.asking import Labels, ask
 from interp.attribution.cost import (
     Cost,
     Pace,
@@ -47,7 +48,7 @@ from interp.attribution.cost import (
 from interp.attribution.exact import effects, open_edges
 from interp.attribution.gradient import gradient
 from interp.attribution.head_set import HELD_OUT, Head, MinimalHeads
-from interp.attribution.question import Labels, Part, Question, ask
+from interp.attribution.question import Part, Question
 from interp.attribution.text import head_name
 from interp.edges import EdgeSet
 from interp.edits import Knockout
@@ -103,7 +104,7 @@ def minimal_heads(
         memory: GB beyond the weights that may be in use.
         dry_run: say what it costs at most, and do nothing else than time one clean pass.
         question: what is asked: `labels`, `start`, `end`, `target`, `sources`, `dst`, see
-            `interp.attribution.question.ask`. What is cut is the edges from `sources`.
+            `interp.attribution.asking.ask`. What is cut is the edges from `sources`.
 
     Returns:
         `MinimalHeads`, or with `dry_run` a `Cost`. A share that all candidates together do not

@@ -43,6 +43,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from interp.attribution.asking import ask
 from interp.attribution.cost import (
     GB,
     Cost,
@@ -54,7 +55,7 @@ from interp.attribution.cost import (
 )
 from interp.attribution.path_steps import Head, Path, Sender, losses
 from interp.attribution.path_table import ROWS, PathTable
-from interp.attribution.question import Question, ask
+from interp.attribution.question import Question
 from interp.attribution.reading import read
 from interp.attribution.text import head_name
 from interp.errors import HeadError, Untestable
@@ -107,7 +108,7 @@ def path_attribution(
         memory: GB beyond the weights that may be in use.
         dry_run: say what it costs at most, and do nothing else than time one clean pass.
         question: what is asked: `labels`, `start`, `end`, `target`, `dst`, see
-            `interp.attribution.question.ask`.
+            `interp.attribution.asking.ask`.
 
     Returns:
         A `PathTable`, or with `dry_run` a `Cost`.

@@ -27,11 +27,12 @@ import numpy as np
 from scipy.stats import beta, spearmanr
 from torch import Tensor
 
+from interp.attribution.asking import ask
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
 from interp.attribution.exact import Unit, all_units, effects, exact
 from interp.attribution.gradient import gradient
 from interp.attribution.heads import OnStep, as_table, counting
-from interp.attribution.question import Question, ask
+from interp.attribution.question import Question
 from interp.attribution.strongest import Strongest
 from interp.attribution.table import HeadTable
 from interp.edges import EdgeSet

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
+from interp.attribution.asking import kinds, last_stage, layers_between
 from interp.attribution.cost import Cost
 from interp.attribution.heads import METHODS, OnStep, head_attribution
-from interp.attribution.question import kinds, last_stage, layers_between
 from interp.attribution.screen import attribute
 from interp.attribution.table import HeadTable
 from interp.datasets import scenes

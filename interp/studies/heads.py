@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 import torch
 
+from interp.attribution.asking import ask
 from interp.attribution.direct import DirectAttribution, direct
-from interp.attribution.question import ask
 from interp.attribution.sources import REGION as GROUPS
 from interp.edges import EdgeSet
 from interp.edits import Knockout, MaskEdit

@@ -27,7 +27,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
 from interp import MLLM
-from interp.attribution.question import Question, ask
+from interp.attribution.asking import ask
+from interp.attribution.question import Question
 from interp.families.base import module_at
 from interp.inputs import Inputs
 from interp.labels import IGNORE

@@ -1,4 +1,4 @@
-"""The table of agreement in docs/heads.md is what the bundled model gives today."""
+"""The tables in docs/heads.md are what the bundled and the planted model give today."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from scipy.stats import spearmanr
 
+from interp.attribution.asking import ask
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
-from interp.attribution.question import ask
 from interp.attribution.screen import mean_over_images
 from interp.studies.head_study import HeadArguments, prepare
+from tests.attribution.planted import END, PLANTED, START, planted
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/heads.md"
 BETWEEN = re.compile(r"(<!-- agreement:[^\n]*-->\n).*?(<!-- /agreement -->)", re.DOTALL)
@@ -75,3 +76,47 @@ def test_gradients_do_the_softmax_better_than_its_linearisation(found):
     for cells in rows(found).values():
         assert cells[METHODS.index("gradient")][0] >= cells[METHODS.index("direct")][0]
         assert cells[METHODS.index("gradient")][0] > 0.97
+
+
+# -- the planted model -----------------------------------------------------------------------------
+
+BETWEEN_PLANTED = re.compile(r"(<!-- planted:[^\n]*-->\n).*?(<!-- /planted -->)", re.DOTALL)
+FOUND = 0.1  # planted heads move a margin by 0.6 or more, all others by less than 0.05
+
+
+def test_the_page_shows_who_finds_which_planted_head():
+    case = planted(6, seed=0, calm=(2,))
+    ask_with = {"labels": case.labels, "start": START, "end": END, "sources": "same-region correct"}
+    wide = ask(case.model, case.x, case.bank, dst="image", **ask_with)
+    narrow = ask(case.model, case.x, case.bank, **ask_with)
+    made = {
+        "exact": exact(wide),
+        "direct": direct(narrow).heads,
+        "gradient, uncorrected": gradient(wide, corrected=False),
+        "gradient": gradient(wide),
+        "gradient, 10 steps": gradient(wide, steps=10),
+    }
+    means = {name: mean_over_images(values)[..., 0].numpy() for name, values in made.items()}
+    lines = ["| head | " + " | ".join(means) + " |", "|---|" + "---|" * len(means)]
+    for head in PLANTED:
+        if head.layer >= len(means["exact"]):
+            continue  # behind the end
+        values = [one[head.layer, head.head] for one in means.values()]
+        there = abs(values[0]) > FOUND
+        cells = [f"{v:.2f}" if (abs(v) > FOUND) == there else f"**{v:.2f}**" for v in values]
+        cells = [cell.replace("-0.00", "0.00") for cell in cells]
+        lines.append(f"| {head.role}, {head.layer}.{head.head} | {' | '.join(cells)} |")
+    text = PAGE.read_text()
+    new = BETWEEN_PLANTED.sub(lambda m: m[1] + "\n".join(lines) + "\n" + m[2], text)
+    if os.environ.get("INTERP_WRITE_DOCS"):
+        PAGE.write_text(new)
+    else:
+        assert _near(text, new)
+
+
+def _near(a: str, b: str) -> bool:
+    """Whether two pages say the same, numbers to two digits and rounding."""
+    number = re.compile(r"-?\d+\.\d\d")
+    same = [number.sub("#", text) for text in (a, b)]
+    values = [[float(n) for n in number.findall(text)] for text in (a, b)]
+    return same[0] == same[1] and np.allclose(*values, atol=0.011)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from interp.attribution.asking import ask
 from interp.attribution.cost import (
     Cost,
     batch_size_within,
@@ -21,7 +22,6 @@ from interp.attribution.direct import direct
 from interp.attribution.exact import exact, open_edges
 from interp.attribution.gradient import gradient
 from interp.attribution.heads import head_attribution
-from interp.attribution.question import ask
 from interp.datasets import scenes
 from tests.attribution.plain import Case, random_bank
 

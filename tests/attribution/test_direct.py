@@ -10,8 +10,8 @@ import torch
 import transformers as hf
 
 from interp.attribution import direct as module
+from interp.attribution.asking import ask
 from interp.attribution.direct import direct
-from interp.attribution.question import ask
 from interp.attribution.reading import Look
 from interp.attribution.sources import REGION
 from interp.attribution.strongest import Strongest

@@ -10,8 +10,8 @@ import torch
 
 from interp import EdgeSet, Knockout
 from interp.attribution import exact as exact_module
+from interp.attribution.asking import ask
 from interp.attribution.exact import all_units, cuts, effects, exact, open_edges
-from interp.attribution.question import ask
 from interp.attribution.sources import Sources
 from interp.attribution.targets import AnswerLogit
 from tests.attribution.plain import Case, asked_by_hand, load, near, predicted, random_labels

@@ -7,9 +7,9 @@ import gc
 import pytest
 import torch
 
+from interp.attribution.asking import ask
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
-from interp.attribution.question import ask
 from interp.attribution.strongest import Strongest
 from interp.attribution.targets import AnswerLogit, Custom
 from interp.errors import EditHadNoEffect

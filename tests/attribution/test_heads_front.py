@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from interp.attribution import heads
+from interp.attribution.asking import ask
 from interp.attribution.cost import Cost
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
 from interp.attribution.heads import METHODS, as_table, head_attribution
-from interp.attribution.question import ask
 from interp.attribution.sources import PLACE, REGION
 from interp.attribution.strongest import Strongest
 from interp.attribution.table import HeadTable

@@ -15,11 +15,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from interp.attribution.asking import ask
 from interp.attribution.direct import direct
 from interp.attribution.gradient import gradient
 from interp.attribution.heads import head_attribution
 from interp.attribution.paths import path_attribution
-from interp.attribution.question import Question, ask
+from interp.attribution.question import Question
 from interp.attribution.screen import attribute
 from interp.attribution.targets import AnswerLogit
 from tests.attribution.planted import (

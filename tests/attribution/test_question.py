@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from interp import MLLM
+from interp.attribution.asking import ask
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
-from interp.attribution.question import ask
 from interp.attribution.sources import PLACE, REGION, Sources
 from interp.attribution.targets import AnswerLogit, Custom, ProbeMargin
 from interp.errors import Untestable

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from interp import MLLM
-from interp.attribution.question import ask
+from interp.attribution.asking import ask
 from interp.attribution.sources import PLACE, REGION, WHOLE, Sources, by_place, by_region, whole
 from interp.attribution.targets import AnswerLogit
 from interp.errors import EdgeError
