@@ -23,7 +23,8 @@ def main(model: str = "tiny", n: int = 40, seed: int = 0, out: Path | None = Non
     vlm, ask = MLLM.load(model), "What is in the picture?"
     suit_threads(vlm)
     probe = Split.prepare(vlm, scenes("probe"), 200, ask, batch_size=20)
-    test = Split.prepare(vlm, scenes("test"), n, ask, batch_size=10)
+    few = max(1, min(10, n // 2))  # two batches at least: the second half is held out
+    test = Split.prepare(vlm, scenes("test"), n, ask, batch_size=few)
     stages = ["adapter.hook_out", vlm.stages[-1]]
     bank = fit_bank(probe, probe.read(stages), scenes("probe").classes)
     study: Any = (vlm, test.batches, bank)

@@ -19,7 +19,7 @@ from interp.attribution.question import Part, Question
 from interp.attribution.sources import PLACE, REGION, WHOLE, Sources, by_place, by_region, whole
 from interp.attribution.targets import Custom, ProbeMargin, Score, Target
 from interp.clean import Clean, clean_run
-from interp.errors import Untestable
+from interp.errors import Untestable, nearest
 from interp.hooks import canonical
 from interp.inputs import Inputs
 from interp.labels import IGNORE
@@ -29,6 +29,20 @@ from interp.probes import ProbeBank
 
 GROUPS = {"region": REGION, "place": PLACE, "whole": WHOLE}
 Labels = np.ndarray | Sequence[np.ndarray]
+
+
+#: what a question is made of, beside model, batch and probes
+WORDS = ("labels", "start", "end", "target", "sources", "dst")
+
+
+def check_words(caller: str, question: dict[str, Any]) -> None:
+    """Raise for a keyword that no question has, in the name of the function that got it."""
+    for word in question:
+        if word not in WORDS:
+            raise TypeError(
+                f"{caller}() has no option {word!r} {nearest(word, WORDS)}".rstrip()
+                + f"; a question is made of {', '.join(WORDS)}"
+            )
 
 
 def ask(

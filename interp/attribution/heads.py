@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from interp.attribution.asking import ask
+from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
@@ -36,6 +36,7 @@ from interp.attribution.gradient import gradient
 from interp.attribution.question import Question
 from interp.attribution.strongest import Strongest
 from interp.attribution.table import HeadTable
+from interp.errors import Untestable
 from interp.inputs import Inputs
 from interp.model import MLLM
 from interp.probes import ProbeBank
@@ -95,6 +96,7 @@ def head_attribution(
         Untestable: there is nothing to attribute.
         SumMismatch: the parts of "direct" do not add up.
     """
+    check_words("head_attribution", question)
     asked = ask(model, batch, probes, **question)
     others = (patch,) if isinstance(patch, Inputs) else patch
     _check(method, corrected, steps, others, edges, memory)
@@ -163,6 +165,11 @@ def as_table(
         columns: more columns, by name, each of the shape of the values.
     """
     array = values.numpy()
+    if np.isnan(array).all():
+        raise Untestable(
+            f"target {question.parts[0].score.name} is no number in any of the "
+            f"{question.n_images} images: there is nothing to attribute"
+        )
     image, layer, head, group = np.nonzero(~np.isnan(array))
     at = (image, layer, head, group)
     rows = pd.DataFrame(
@@ -201,5 +208,9 @@ def _check(
             raise ValueError(
                 f"{name}= is for method={' or '.join(map(repr, where))}, not {method!r}"
             )
+    if patch is not None and not corrected:
+        raise ValueError("corrected= is about cut edges, and patch= cuts none; leave one out")
+    if steps < 0:
+        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
     if edges < 0:
         raise ValueError(f"edges={edges}; how many of the strongest to keep of each image")

@@ -35,7 +35,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from interp.attribution.asking import Labels, ask
+from interp.attribution.asking import Labels, ask, check_words
 from interp.attribution.cost import (
     Cost,
     Pace,
@@ -115,6 +115,7 @@ def minimal_heads(
         HeadError: candidates that the question is not about.
         Untestable: cutting all heads does not lower the target, or too few images have one.
     """
+    check_words("minimal_heads", question)
     if not 0 < share <= 1:
         raise ValueError(f"share={share}; above 0 and up to 1 of what cutting all heads removes")
     if n_random < 1:

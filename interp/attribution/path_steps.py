@@ -68,7 +68,8 @@ class Sender:
 
     def __str__(self) -> str:
         what = "patched from another batch" if self.others else f"set to {self.with_}"
-        return f"sender {what} at {self.at if isinstance(self.at, str) else 'chosen positions'}"
+        where = f"{self.at} positions" if isinstance(self.at, str) else "chosen positions"
+        return f"sender {what} at {where}"
 
     def on(self, question: Question, number: int, layers: Iterable[int]) -> EditOf:
         """Its edits in some layers, on batch `number` of the question."""

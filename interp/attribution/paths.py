@@ -43,7 +43,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from interp.attribution.asking import ask
+from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import (
     GB,
     Cost,
@@ -118,6 +118,7 @@ def path_attribution(
         HeadError: a pair of heads that cannot be, or that the question is not about.
         Untestable: there is nothing to attribute, or no pair among the `top` heads.
     """
+    check_words("path_attribution", question)
     if "sources" in question:
         raise ValueError(
             "a path counts whatever its receiver reads, so there are no sources= here; at= says "

@@ -27,7 +27,7 @@ import numpy as np
 from scipy.stats import beta, spearmanr
 from torch import Tensor
 
-from interp.attribution.asking import ask
+from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
 from interp.attribution.exact import Unit, all_units, effects, exact
 from interp.attribution.gradient import gradient
@@ -44,6 +44,8 @@ from interp.probes import ProbeBank
 from interp.report.tables import records
 
 CONFIDENCE = 0.95
+#: random units below which a recall would rest on one of them
+FEW = 10
 
 
 @overload
@@ -86,9 +88,10 @@ def attribute(
         A `HeadTable` whose column `verified` tells which estimates are exact effects, and whose
         `about["verification"]` holds `n_units`, `n_verified` (the top ones), `n_sampled`,
         `spearman` of estimates and effects over all that were cut and `spearman_sample` over the
-        random ones, `recall` of the exact top k (estimated), `missed_at_most` (with `confidence`),
-        `threshold` (the k-th largest effect), `largest_error` of an estimate in the random sample,
-        and `within_reach`, how many estimates such an error would lift over the threshold.
+        random ones, `recall` of the exact top k (estimated, from ten random units on),
+        `missed_at_most` (with `confidence`), `threshold` (the k-th largest effect),
+        `largest_error` of an estimate in the random sample, and `within_reach`, how many estimates
+        such an error would lift over the threshold.
 
     Raises:
         ValueError: a budget that is no share.
@@ -99,6 +102,7 @@ def attribute(
             f"budget={budget}, sample={sample}, k={k}: shares of all units, 0.05 is one in "
             "twenty, and at least the largest one (k=1)"
         )
+    check_words("attribute", question)
     asked = ask(model, batch, probes, **question)
     size = None if memory is None else batch_size_within(asked, memory)
     n_units = math.prod(asked.shape)
@@ -155,6 +159,9 @@ def verify_edges(
     Raises:
         TableError: the table holds no edges, or is of another question.
     """
+    check_words("verify_edges", question)
+    if n < 1:
+        raise ValueError(f"n={n} edges of each image; at least one")
     asked = ask(model, batch, probes, **question)
     if table.edges is None:
         raise TableError("the table has no edges: ask for some with edges=N")
@@ -234,7 +241,8 @@ def _verification(
         )
         error = float(np.abs(guess - truth)[random].max())
         low = (np.abs(guess[rest]) < threshold) & (np.abs(guess[rest]) + error >= threshold)
-        out["recall"] = max(0.0, 1 - share * len(rest) / k)
+        if len(random) >= FEW:
+            out["recall"] = max(0.0, 1 - share * len(rest) / k)
         out["missed_at_most"] = math.floor(upper * len(rest))
         out["largest_error"], out["within_reach"] = error, int(low.sum())
     return out

@@ -49,6 +49,12 @@ class Sources:
     group: Tensor
 
     def __post_init__(self) -> None:
+        names = (self.names,) if isinstance(self.names, str) else tuple(self.names)
+        object.__setattr__(self, "names", names)
+        for name in ("row", "position", "group"):
+            object.__setattr__(self, name, torch.as_tensor(getattr(self, name)))
+        if len(set(names)) < len(names):
+            raise EdgeError(f"source groups {', '.join(names)}: a name is there twice")
         n = len(self.row)
         if self.position.shape != (n,) or self.group.ndim != 2 or len(self.group) != n:
             raise EdgeError(
@@ -60,6 +66,9 @@ class Sources:
                 f"groups are -1 (none) or 0..{len(self.names) - 1}, found "
                 f"{self.group.unique().tolist()}"
             )
+
+        if n and len(torch.stack([self.row, self.position], 1).unique(dim=0)) < n:
+            raise EdgeError("a reading position is there twice, and would be counted twice")
 
     def __len__(self) -> int:
         return len(self.row)

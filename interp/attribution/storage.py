@@ -37,6 +37,10 @@ def write_table(
     Equal tables give equal bytes.
     """
     path = Path(path)
+    if path.suffix != ".parquet":
+        raise TableError(f"{os.fspath(path)}: a {kind} is saved as parquet; end the name so")
+    if not path.parent.is_dir():
+        raise TableError(f"{os.fspath(path)}: there is no folder {os.fspath(path.parent)}")
     table = pa.Table.from_pandas(rows, preserve_index=False)
     if edges is not None:
         table = table.append_column(COLUMN, _nested(rows["image"].to_numpy(), edges))

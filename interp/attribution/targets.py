@@ -146,6 +146,11 @@ class AnswerLogit(Target):
         unembed = module_at(model.module, model.family.unembed)
         token = _token(model, self.answer)
         against = None if self.against is None else _token(model, self.against)
+        if token == against:
+            raise ValueError(
+                f"{self.answer!r} against {self.against!r}: both begin with token {token}, so the "
+                "difference is 0"
+            )
 
         def of(run: Run) -> Tensor:
             assert run.logits is not None
@@ -164,7 +169,8 @@ class AnswerLogit(Target):
             bias = getattr(unembed, "bias", None)
             constant = 0.0
             if bias is not None:
-                constant = float(bias[token]) - (0.0 if against is None else float(bias[against]))
+                told = bias.detach()
+                constant = float(told[token]) - (0.0 if against is None else float(told[against]))
             return Linear(through / scale, torch.full((len(x),), constant, dtype=torch.float64))
 
         config: Any = model.config
@@ -211,11 +217,13 @@ def _by_row(values: Tensor, row: Tensor, n_rows: int) -> Tensor:
 
 def _token(model: MLLM, word: str | int) -> int:
     """The id of a word's first token that is no mere space."""
-    if isinstance(word, int):
+    if isinstance(word, bool) or not isinstance(word, (str, int, np.integer)):
+        raise TypeError(f"{word!r} is neither a word nor a token's id")
+    if not isinstance(word, str):
         n = len(weight_of(module_at(model.module, model.family.unembed)))
         if not 0 <= word < n:
             raise ValueError(f"no token {word}: the vocabulary has 0..{n - 1}")
-        return word
+        return int(word)
     tokenizer = model.tokenizer
     for text in (f" {word}", word):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -92,6 +92,11 @@ def check(model: MLLM, arguments: HeadArguments) -> None:
         raise ValueError(f'data={a.data!r}: the bundled "scenes" are the data there are')
     if a.method not in (SCREEN, *METHODS):
         raise ValueError(f"method={a.method!r}; there are {SCREEN}, {', '.join(METHODS)}")
+    if a.batch_size < 1 or a.n_probe < 2 or a.n_test < 2:
+        raise ValueError(
+            f"n_probe={a.n_probe}, n_test={a.n_test}, batch_size={a.batch_size}: at least 2 images "
+            "of each, and 1 in a batch"
+        )
     kinds(a.sources, by_labels=True)
     layers_between(model, a.start, a.end or last_stage(model))
 

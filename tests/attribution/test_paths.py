@@ -595,7 +595,10 @@ def test_it_is_saved_and_loaded(found, tmp_path):
     again = PathTable.load(path)
     pd.testing.assert_frame_equal(again.rows, found.rows)
     assert again.about == found.about
-    assert again.about["how"] == "sender set to zero at all; through k, v; all between frozen"
+    assert (
+        again.about["how"]
+        == "sender set to zero at all positions; through k, v; all between frozen"
+    )
 
 
 def test_rows_that_are_not_whole_are_refused():
