@@ -53,6 +53,12 @@ class Clean:
             return self.before[start]
         return self.onsets[start - 1].leaving if start - 1 in self.onsets else None
 
+    def forget(self) -> None:
+        """Let go of everything but what the language model was given."""
+        self.logits = None
+        for kept in (self.states, self.before, self.onsets):
+            kept.clear()
+
     def has(
         self, names: Iterable[str], logits: bool, onsets: Iterable[int], starts: Iterable[int]
     ) -> bool:

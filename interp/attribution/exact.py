@@ -54,7 +54,7 @@ def exact(
             f"{question.layers[-1]}, {question.shape[1]} heads and groups {list(question.groups)}"
         )
     if patch is not None:
-        patch = check_patch(question, patch)
+        patch = question.patched_by(patch)
     layers, n_heads, n_groups = question.shape
     found = []
     for number, part in enumerate(question.parts):
@@ -74,7 +74,7 @@ def exact(
         for one, (layer, head, group) in zip(effect, wanted, strict=True):
             out[:, layer - question.layers[0], head, group] = one
         found.append(out)
-        part.forget()
+        part.clean.forget()
     return torch.cat(found)
 
 
@@ -182,26 +182,6 @@ def _patches(
         [Patch(f"blocks.{layer}.attn.hook_z", from_=run, heads=head, positions=at)]
         for layer, head, _ in units
     ]
-
-
-def check_patch(question: Question, patch: Sequence[Inputs]) -> list[Inputs]:
-    """The other batches, cut off where the question's are.
-
-    Raises:
-        ValueError: they cannot be patched in, position by position.
-    """
-    if question.groups != ("all",):
-        raise ValueError(
-            f"patch= puts in whole heads, and this question has the source groups "
-            f'{", ".join(question.groups)}; sources="whole" would do'
-        )
-    shapes = [part.shape for part in question.parts]
-    if [x.shape for x in patch] != shapes:
-        raise ValueError(
-            f"patch= has batches {[list(x.shape) for x in patch]}, the question "
-            f"{[list(shape) for shape in shapes]}: position by position, so alike"
-        )
-    return [x.until(part.x.n_pos) for x, part in zip(patch, question.parts, strict=True)]
 
 
 def _score(part: Part, run: Run) -> Tensor:

@@ -33,7 +33,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from interp.attribution.exact import check_patch
 from interp.attribution.question import Part, Question
 from interp.attribution.reading import Look, Reading, read
 from interp.attribution.strongest import Strongest
@@ -65,10 +64,9 @@ def gradient(
     Raises:
         ValueError: a patch with source groups, or of another shape; a target without a gradient.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
+    check_steps(steps)
     if patch is not None:
-        patch = check_patch(question, patch)
+        patch = question.patched_by(patch)
         if strongest is not None:
             raise ValueError("patch= puts in whole heads: there are no edges to keep")
     found = []
@@ -81,7 +79,7 @@ def gradient(
             other = {layer: _at(there.looks[layer]) for layer in layers}
         clean = _pass(question, part, keep=keep)
         part.masks.update(clean.masks)
-        gradients = _gradients(clean, part, layers)
+        gradients = _gradients(clean, part)
         if steps:
             toward = {
                 layer: _toward(clean.looks[layer], part, None if other is None else other[layer])
@@ -92,7 +90,7 @@ def gradient(
                 share = (step + 0.5) / steps
                 offsets = {layer: share * change for layer, change in toward.items()}
                 there = _pass(question, part, offsets)
-                for layer, one in _gradients(there, part, layers).items():
+                for layer, one in _gradients(there, part).items():
                     gradients[layer] += one / steps
         parts = []
         for layer in layers:
@@ -108,6 +106,12 @@ def gradient(
         if on_images:
             on_images(len(part.x))
     return torch.cat(found)
+
+
+def check_steps(steps: int) -> None:
+    """Raise for a number of steps that cannot be."""
+    if steps < 0:
+        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
 
 
 def _last(question: Question) -> str:
@@ -138,25 +142,42 @@ def _pass(
     )
 
 
-def _gradients(reading: Reading, part: Part, layers: Sequence[int]) -> dict[int, Tensor]:
-    """By layer, the target's gradient at z of the reading positions, `[n, head, d_head]`."""
+def gradients_at_z(reading: Reading, part: Part) -> dict[int, Tensor]:
+    """By layer, the target's gradient at all of z, `[batch, pos, head, d_head]`; 0 where there is
+    no way from z to the target.
+
+    Args:
+        reading: a pass with its graph.
+        part: of the question.
+
+    Raises:
+        ValueError: the target has no gradient.
+        EditHadNoEffect: it depends on none of the heads.
+    """
     with torch.enable_grad():
         target = part.score.of(reading.run)
         if not target.requires_grad:
             raise ValueError(
                 f"target {part.score.name} has no gradient: make it of torch operations on what it "
-                'reads at the end, without detach or numpy; or take method="exact"'
+                "reads at the end, without detach or numpy; or take what needs none, "
+                'method="exact", for paths give pairs='
             )
         total = target[~target.isnan()].sum()
-        states = [reading.looks[layer].z for layer in layers]
+        states = [look.z for look in reading.looks.values()]
         made = torch.autograd.grad(total, states, allow_unused=True)
     if all(one is None for one in made):
         raise EditHadNoEffect(f"target {part.score.name} does not depend on any of these heads")
-    row, position = part.sources.row, part.sources.position
     return {
-        layer: (torch.zeros_like(state) if one is None else one)[row, position].cpu().double()
-        for layer, state, one in zip(layers, states, made, strict=True)
+        layer: torch.zeros_like(state) if one is None else one
+        for layer, state, one in zip(reading.looks, states, made, strict=True)
     }
+
+
+def _gradients(reading: Reading, part: Part) -> dict[int, Tensor]:
+    """The same at the reading positions only, `[n, head, d_head]` float64."""
+    row, position = part.sources.row, part.sources.position
+    found = gradients_at_z(reading, part)
+    return {layer: one[row, position].cpu().double() for layer, one in found.items()}
 
 
 def _at(look: Look) -> Tensor:

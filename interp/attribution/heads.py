@@ -32,7 +32,7 @@ from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
 from interp.attribution.direct import direct
 from interp.attribution.exact import exact
-from interp.attribution.gradient import gradient
+from interp.attribution.gradient import check_steps, gradient
 from interp.attribution.question import Question
 from interp.attribution.strongest import Strongest
 from interp.attribution.table import HeadTable
@@ -210,7 +210,6 @@ def _check(
             )
     if patch is not None and not corrected:
         raise ValueError("corrected= is about cut edges, and patch= cuts none; leave one out")
-    if steps < 0:
-        raise ValueError(f"steps={steps}; 0 is the plain gradient, 5 or more a fair integral")
+    check_steps(steps)
     if edges < 0:
         raise ValueError(f"edges={edges}; how many of the strongest to keep of each image")

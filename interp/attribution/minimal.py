@@ -297,7 +297,7 @@ def _lost(question: Question, sets: Sequence[Sequence[Head]], batch_size: int | 
     for part in question.parts:
         edits = [_knockouts(question, part, heads) for heads in sets]
         found.append(effects(question, part, edits, batch_size=batch_size))
-        part.forget()  # all batches' states together might not fit
+        part.clean.forget()  # all batches' states together might not fit
     return torch.cat(found, 1).numpy()
 
 

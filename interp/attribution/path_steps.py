@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.attribution.exact import check_patch, effects
+from interp.attribution.exact import effects
 from interp.attribution.question import Part, Question
 from interp.clean import Clean, clean_run
 from interp.edits import Ablate, Patch, ValueEdit
@@ -64,7 +64,7 @@ class Sender:
         if ablate is not None:
             raise ValueError(f"ablate={ablate!r} and patch= both say what the sender becomes")
         others = (patch,) if isinstance(patch, Inputs) else tuple(patch)
-        return cls("patch", tuple(check_patch(question, others)), at)
+        return cls("patch", tuple(question.patched_by(others)), at)
 
     def __str__(self) -> str:
         what = "patched from another batch" if self.others else f"set to {self.with_}"

@@ -53,6 +53,7 @@ from interp.attribution.cost import (
     default_batch_size,
     pace,
 )
+from interp.attribution.gradient import gradients_at_z
 from interp.attribution.path_steps import Head, Path, Sender, losses
 from interp.attribution.path_table import ROWS, PathTable
 from interp.attribution.question import Question
@@ -201,20 +202,9 @@ def _strongest(question: Question, sender: Sender, top: int, through: Sequence[s
         reading = read(
             model, part.x, row, position, layers, question.end, grad=True, clean=part.clean
         )
-        looks = [reading.looks[layer] for layer in layers]
-        with torch.enable_grad():
-            target = part.score.of(reading.run)
-            if not target.requires_grad:
-                raise ValueError(
-                    f"target {part.score.name} has no gradient to find the strongest heads by; "
-                    "give pairs="
-                )
-            total = target[~target.isnan()].sum()
-            gradients = torch.autograd.grad(total, [look.z for look in looks], allow_unused=True)
         edit = sender.on(question, number, layers)
-        for i, (look, g) in enumerate(zip(looks, gradients, strict=True)):
-            if g is None:
-                continue
+        for i, (layer, g) in enumerate(gradients_at_z(reading, part).items()):
+            look = reading.looks[layer]
             z = look.z.detach()
             receives[i] += (g * z)[row, position].double().sum((0, -1)).cpu()
             taken = z - edit(look.layer, None).change(z, f"{look.prefix}.hook_z", model, part.x)

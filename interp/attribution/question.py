@@ -10,6 +10,7 @@ same question, in the same unit and with the same sign, so that they can be comp
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,11 +58,6 @@ class Part:
         at = position.unique()
         return at if len(at) < 0.8 * self.x.n_pos else None
 
-    def forget(self) -> None:
-        """Let go of the clean run's states; what the language model is given stays."""
-        inputs = self.clean.inputs
-        self.clean.__init__(inputs=inputs)  # type: ignore[misc]
-
 
 @dataclass(frozen=True, eq=False)
 class Question:
@@ -73,7 +69,8 @@ class Question:
         start, end: stages between which heads are looked at.
         layers: their layers.
         groups: names of the source groups.
-        dst: whose reading is looked at: "queries", "image" or "all".
+        dst: whose reading is looked at: "queries", "image" or "all"; "given" where ready-made
+            sources say it, and not the target's queries.
     """
 
     model: MLLM
@@ -93,6 +90,25 @@ class Question:
     def shape(self) -> tuple[int, int, int]:
         """(layers, heads, source groups) of the answer."""
         return len(self.layers), self.model.cfg.n_heads, len(self.groups)
+
+    def patched_by(self, patch: Sequence[Inputs]) -> list[Inputs]:
+        """Other batches whose heads are to be put in, cut off where the question's are.
+
+        Raises:
+            ValueError: they cannot be patched in, position by position and head by head.
+        """
+        if self.groups != ("all",):
+            raise ValueError(
+                f"patch= puts in whole heads, and this question has the source groups "
+                f'{", ".join(self.groups)}; sources="whole" would do'
+            )
+        shapes = [part.shape for part in self.parts]
+        if [x.shape for x in patch] != shapes:
+            raise ValueError(
+                f"patch= has batches {[list(x.shape) for x in patch]}, the question "
+                f"{[list(shape) for shape in shapes]}: position by position, so alike"
+            )
+        return [x.until(part.x.n_pos) for x, part in zip(patch, self.parts, strict=True)]
 
     def about(self) -> dict[str, Any]:
         """What was asked, in words, for a result's metadata."""

@@ -38,6 +38,7 @@ class Look:
         model: a loaded model.
         layer: of the language model.
         row, position: `[n]` the reading positions.
+        n_pos: length of the sequence.
 
     Attributes:
         q: `[n, head, d_head]` queries as attention takes them.
@@ -52,8 +53,11 @@ class Look:
     z: Tensor
     mask: Tensor
 
-    def __init__(self, model: Instrumented, layer: int, row: Tensor, position: Tensor) -> None:
+    def __init__(
+        self, model: Instrumented, layer: int, row: Tensor, position: Tensor, n_pos: int
+    ) -> None:
         self.model, self.layer, self.row, self.position = model, layer, row, position
+        self.n_pos = n_pos
         self.prefix = f"blocks.{layer}.attn"
         self.path = model.family.block_path(layer, "attn")
         self.module: Any = model.module.get_submodule(self.path)
@@ -111,21 +115,18 @@ class Look:
         ]
 
     def _visible(self, mask: Tensor | None) -> Tensor:
-        n_pos = self.model_positions
         if mask is None:  # SDPA's causal flag
-            return torch.arange(n_pos) <= self.position[:, None]
+            return torch.arange(self.n_pos) <= self.position[:, None]
         seen = as_bool(mask)
         row = self.row if seen.shape[0] > 1 else torch.zeros_like(self.row)
         return seen[row, 0, self.position].cpu()
 
-    model_positions: int = 0
-
-    def patterns(self, wide: torch.dtype = torch.float64) -> Iterator[tuple[int, Tensor, Tensor]]:
+    def patterns(self) -> Iterator[tuple[int, Tensor, Tensor]]:
         """The reading positions' lines of the pattern, a row of the batch at a time.
 
         Yields:
             The row, which of the `n` reading positions are in it, and their pattern
-            `[n_here, head, key]` in `wide`.
+            `[n_here, head, key]` float64.
         """
         n_heads = self.q.shape[1]
         scaling = float(self.module.scaling)
@@ -138,7 +139,7 @@ class Look:
             if softcap is not None:
                 scores = torch.tanh(scores / softcap) * softcap
             closed = ~self.mask[at].to(scores.device)
-            scores = scores.masked_fill(closed, -torch.inf).to(wide)
+            scores = scores.masked_fill(closed, -torch.inf).double()
             yield row, at, scores.softmax(-1).nan_to_num(0.0).transpose(0, 1)
 
     def values(self, row: int) -> Tensor:
@@ -197,10 +198,9 @@ def read(
             computed at no others (`interp.narrow`).
     """
     states: dict[str, Tensor] = {}
-    looks = {layer: Look(model, layer, row, position) for layer in layers}
+    looks = {layer: Look(model, layer, row, position, x.n_pos) for layer in layers}
     steps: list[Step] = []
     for number, (layer, look) in enumerate(looks.items()):
-        look.model_positions = x.n_pos
         offset = None if offsets is None else offsets[layer]
         steps += look.steps(offset, leaf=grad and number == 0, grad=grad)
     logits = end == "logits"

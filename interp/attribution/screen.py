@@ -29,8 +29,8 @@ from torch import Tensor
 
 from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
-from interp.attribution.exact import Unit, all_units, effects, exact
-from interp.attribution.gradient import gradient
+from interp.attribution.exact import all_units, effects, exact
+from interp.attribution.gradient import check_steps, gradient
 from interp.attribution.heads import OnStep, as_table, counting
 from interp.attribution.question import Question
 from interp.attribution.strongest import Strongest
@@ -97,6 +97,7 @@ def attribute(
         ValueError: a budget that is no share.
     """
     sample = budget if sample is None else sample
+    check_steps(steps)
     if not 0 < budget <= 1 or not 0 <= sample <= 1 or k < 1:
         raise ValueError(
             f"budget={budget}, sample={sample}, k={k}: shares of all units, 0.05 is one in "
@@ -117,13 +118,13 @@ def attribute(
     estimates = gradient(
         asked, corrected=corrected, steps=steps, strongest=strongest, on_images=done, keep=alone
     )
-    units, size_of = all_units(asked), mean_over_images(estimates).abs().flatten().numpy()
-    order = np.argsort(-size_of, kind="stable")
+    units, sizes = all_units(asked), mean_over_images(estimates).abs().flatten().numpy()
+    order = np.argsort(-sizes, kind="stable")
     drawn = np.random.default_rng(seed).choice(order[n_top:], n_sample, replace=False)
     top, random = order[:n_top], np.sort(drawn)
-    effects = exact(asked, [units[i] for i in (*top, *random)], batch_size=size, on_run=done)
-    verified = ~effects.isnan().all(0, keepdim=True).expand_as(effects)
-    values = effects.where(verified, estimates)
+    truth = exact(asked, [units[i] for i in (*top, *random)], batch_size=size, on_run=done)
+    verified = ~truth.isnan().all(0, keepdim=True).expand_as(truth)
+    values = truth.where(verified, estimates)
     about = {
         "method": "gradient, top verified",
         "steps": steps,
@@ -131,7 +132,7 @@ def attribute(
         "budget": budget,
         "seed": seed,
         "cost": cost.as_dict(),
-        "verification": _verification(estimates, effects, top, random, k),
+        "verification": _verification(estimates, truth, top, random, k),
     }
     return as_table(asked, values, about, strongest, verified=verified.numpy())
 
@@ -192,13 +193,6 @@ def verify_edges(
 def mean_over_images(values: Tensor) -> Tensor:
     """Mean over the images that have a value, `[layer, head, group]`."""
     return values[~values.isnan().flatten(1).all(1)].mean(0)
-
-
-def top_units(question: Question, values: Tensor, n: int) -> list[Unit]:
-    """The `n` units of largest mean effect, of either sign."""
-    order = np.argsort(-mean_over_images(values).abs().flatten().numpy(), kind="stable")
-    units = all_units(question)
-    return [units[i] for i in order[:n]]
 
 
 def _verification(

@@ -7,19 +7,16 @@ see twenty. Methods hand every layer's estimates to `Strongest`, which keeps so 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from interp.attribution.question import Part
+from interp.attribution.frames import EDGES, PLACES, TEXT, place_edges
+from interp.attribution.question import Part
 
-COLUMNS = (
-    "image", "layer", "head", "dst_position", "src_position", "dst", "src",
-    "dst_x", "dst_y", "src_x", "src_y", "estimate",
-)  # fmt: skip
+COLUMNS = (*EDGES[:-1], *PLACES, EDGES[-1])
 
 
 @dataclass
@@ -52,15 +49,11 @@ class Strongest:
         dst = sources.position[at][here].numpy()
         table = pd.DataFrame({"image": image, "layer": layer, "head": head})
         table["dst_position"], table["src_position"] = dst, src
-        centre = (grid.box[:, :2] + grid.box[:, 2:]) / 2
-        first = grid.of_image(row)[0] if len(grid.of_image(row)) else 0
+        own = grid.of_image(row)
         for end, position in (("dst", dst), ("src", src)):
             token = grid.token_at[row, position]
-            table[end] = (token - first) * (token >= 0) - (token < 0)
-            for axis, name in enumerate("xy"):
-                where = centre[token, axis].astype(float)
-                where[token < 0] = float("nan")
-                table[f"{end}_{name}"] = where
+            table[end] = np.where(token < 0, TEXT, token - own[0])
+        table = place_edges(table, grid, part.first_image)
         table["estimate"] = flat[chosen].numpy()
         if image in self._kept:
             table = pd.concat([self._kept[image], table], ignore_index=True)
