@@ -19,8 +19,10 @@ from interp.studies.recovery import fit_bank
 from interp.threads import suit_threads
 
 
-def main(model: str = "tiny", n: int = 40, seed: int = 0, out: Path | None = None) -> None:
-    vlm, ask = MLLM.load(model), "What is in the picture?"
+def main(
+    model: str = "tiny", n: int = 40, seed: int = 0, out: Path | None = None, remote: str = ""
+) -> None:
+    vlm, ask = MLLM.load(model, remote=remote), "What is in the picture?"
     suit_threads(vlm)
     probe = Split.prepare(vlm, scenes("probe"), 200, ask, batch_size=20)
     few = max(1, min(10, n // 2))  # two batches at least: the second half is held out

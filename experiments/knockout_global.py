@@ -11,14 +11,14 @@ from interp import MLLM, Knockout
 from interp.datasets import scenes
 from interp.studies import Split
 from interp.studies.conditions import anchor_edges
-from interp.studies.recovery import recovery
+from interp.studies.recovery import Baseline
 from interp.studies.result import rate
 
 
-def main(model: str = "tiny", n: int = 60, seed: int = 0) -> None:
-    vlm, ask = MLLM.load(model), "What is in the picture?"
+def main(model: str = "tiny", n: int = 60, seed: int = 0, remote: str = "") -> None:
+    vlm, ask = MLLM.load(model, remote=remote), "What is in the picture?"
     probe, test = (Split.prepare(vlm, scenes(s), n, ask, batch_size=20) for s in ("probe", "test"))
-    base, _ = recovery(probe, test, scenes("test").classes, seed=seed)
+    base = Baseline.fit(probe, test, scenes("test").classes)
     queries, anchors = anchor_edges(base)  # [image, token], [image, dst, src]
     others = queries[:, :, None] & test.visible & ~anchors
     anchors &= (others.sum(2) >= anchors.sum(2))[:, :, None]  # what a control can match

@@ -13,13 +13,13 @@ from interp.edits.base import window
 from interp.studies import Split
 from interp.studies.conditions import anchor_edges
 from interp.studies.knockout import share_gone
-from interp.studies.recovery import recovery
+from interp.studies.recovery import Baseline
 
 
-def main(model: str = "tiny", n: int = 60, seed: int = 0) -> None:
-    vlm, ask = MLLM.load(model), "What is in the picture?"
+def main(model: str = "tiny", n: int = 60, seed: int = 0, remote: str = "") -> None:
+    vlm, ask = MLLM.load(model, remote=remote), "What is in the picture?"
     probe, test = (Split.prepare(vlm, scenes(s), n, ask, batch_size=20) for s in ("probe", "test"))
-    base, _ = recovery(probe, test, scenes("test").classes, seed=seed)
+    base = Baseline.fit(probe, test, scenes("test").classes)
     queries, anchors = anchor_edges(base)  # [image, token], [image, dst, src]
     edges, layers = test.edges(anchors), range(vlm.cfg.n_layers)  # one EdgeSet a batch
 

@@ -15,8 +15,8 @@ from interp.studies.recovery import fit_bank
 from interp.studies.result import difference, points
 
 
-def main(model: str = "tiny", n: int = 60, seed: int = 0) -> None:
-    vlm, ask = MLLM.load(model), "What is in the picture?"
+def main(model: str = "tiny", n: int = 60, seed: int = 0, remote: str = "") -> None:
+    vlm, ask = MLLM.load(model, remote=remote), "What is in the picture?"
     probe, test = (Split.prepare(vlm, scenes(s), n, ask, batch_size=20) for s in ("probe", "test"))
     row, end = np.arange(test.n_tokens) // test.shape[1], vlm.stages[-1]
     groups = {name: test.labelled & (thirds(test) == i) for i, name in enumerate(THIRDS)}

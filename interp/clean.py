@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from interp.execution import forward, value_steps
+from interp.hooked import Hooked
 from interp.inputs import Inputs
-from interp.instrumented import Instrumented
 from interp.onset import Onset
 from interp.steps import BEFORE, Step
 
@@ -73,7 +73,7 @@ class Clean:
 
 
 def clean_run(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     names: Sequence[str],
     *,
@@ -122,7 +122,7 @@ def clean_run(
     return clean
 
 
-def keeping_inputs(model: Instrumented, clean: Clean) -> Step:
+def keeping_inputs(model: Hooked, clean: Clean) -> Step:
     """Keep what the language model is given."""
 
     def act() -> None:
@@ -131,7 +131,7 @@ def keeping_inputs(model: Instrumented, clean: Clean) -> Step:
     return Step(model.hooks.rank("blocks.0.hook_resid_pre") + BEFORE, act)
 
 
-def handing_over(model: Instrumented, inputs: Given, n_rows: int = 1, n: int = 1) -> Step:
+def handing_over(model: Hooked, inputs: Given, n_rows: int = 1, n: int = 1) -> Step:
     """Give the language model its clean inputs, `n` copies of its batch of `n_rows`."""
 
     def act() -> None:
@@ -140,14 +140,14 @@ def handing_over(model: Instrumented, inputs: Given, n_rows: int = 1, n: int = 1
     return Step(model.hooks.rank("blocks.0.hook_resid_pre") + BEFORE, act)
 
 
-def _before_language(model: Instrumented, names: Iterable[str]) -> bool:
+def _before_language(model: Hooked, names: Iterable[str]) -> bool:
     """Whether one of these hooks lies before the language model's blocks."""
     first = model.hooks.rank("blocks.0.hook_resid_pre")
     return any(model.hooks.rank(name) < first for name in names)
 
 
 def skip_to(
-    model: Instrumented, start: int, state: Tensor, inputs: Given, n_rows: int, n: int
+    model: Hooked, start: int, state: Tensor, inputs: Given, n_rows: int, n: int
 ) -> list[Step]:
     """Steps that hand the language model its clean inputs and skip its first `start` blocks.
 
@@ -166,7 +166,7 @@ def skip_to(
     return steps
 
 
-def language(model: Instrumented) -> Any:
+def language(model: Hooked) -> Any:
     """The envoy of the stack that holds the language model's blocks."""
     return model.envoy(model.family.language.blocks.rpartition(".")[0])
 

@@ -1,10 +1,12 @@
-"""The command line: `interp study`, `heads`, `report`, `hooks`, `check`.
+"""The command line: `interp study`, `heads`, `report`, `hooks`, `check`, `status`, `serve`.
 
     interp study --model tiny --out results/tiny     the four findings, into a run folder
     interp heads --model tiny --out results/heads    which heads carry the recovery, and from where
     interp report results/tiny                       draw the page again from a run folder
     interp hooks tiny "blocks.2.*"                   names and shapes of a model's hooks
     interp check MODEL                               do the names mean what they claim on it?
+    interp status                                    NDIF: models that are up, key, versions
+    interp serve MODEL                               a server of one's own, to rehearse with
 
 Heavy imports happen inside the commands, so `interp --help` answers at once. (No command has an
 option `-d`: nnsight reads the arguments of the process for its own debug mode.)
@@ -173,6 +175,49 @@ def check(
     console.print(str(loaded.path()), highlight=False)
     if not found.passed:
         raise typer.Exit(1)
+
+
+@app.command()
+def status(
+    remote: Annotated[str, typer.Option(help='"ndif", or the URL of a server.')] = "ndif",
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Trust this host: its results can run code here.")
+    ] = None,
+) -> None:
+    """Show which models a server has up, and whether key and versions fit."""
+    from interp.remote import status as look
+
+    try:
+        found = look(True if remote == "ndif" else remote, tuple(allow_host or ()))
+    except (InterpError, ValueError) as error:
+        _fail(error)
+    console.print(found)
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "help_option_names": [],
+    }
+)
+def serve(context: typer.Context) -> None:
+    """Serve one model on this machine as NDIF would, to rehearse scripts with (--help tells all).
+
+    The server is a program of its own that cannot import this library, as NDIF cannot.
+    """
+    import os
+    import sys
+
+    from interp.loading import BUNDLED
+
+    program = Path(__file__).parent / "rehearsal" / "__main__.py"
+    arguments = list(context.args)
+    if arguments and arguments[0] in BUNDLED:
+        arguments[:1] = [str(BUNDLED[arguments[0]]), "--name", arguments[0]]
+    os.execv(sys.executable, [sys.executable, str(program), *arguments])
 
 
 def _load(model: str, **options: Any) -> MLLM:

@@ -103,6 +103,14 @@ class TableError(InterpError, ValueError):
     """A table that lacks what is to be computed or drawn from it, or holds what it must not."""
 
 
+class WouldNotShip(InterpError, TypeError):
+    """Code or a value that a server could not run or take, found before it is sent."""
+
+
+class NotHere(InterpError, NotImplementedError):
+    """Something that needs the model's weights here, asked of a model that a server hosts."""
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The `n` known names closest to `name`, as words for an error message.
 

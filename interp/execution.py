@@ -21,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp import attention
 from interp.edits.base import Edit
 from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, Receipts
 from interp.edits.values import ValueEdit, check_together
 from interp.errors import EditHadNoEffect, NotRead, nearest
-from interp.hooks import canonical
+from interp.hooked import Hooked
+from interp.hooks import HookName, canonical
 from interp.inputs import Inputs
-from interp.instrumented import Instrumented
+from interp.keeping import Keep, check_keep, keeper, slim
 from interp.masking import RunMasks
-from interp.points import Point
 from interp.pooling import pool
+from interp.shipping import at_model
 from interp.sites import fits
 from interp.steps import Step
 from interp.tokens import TokenGrid
@@ -50,9 +50,10 @@ class Run:
 
     states: dict[str, Tensor]
     logits: Tensor | None
-    receipts: Receipts
+    receipts: Receipts | tuple[Receipt, ...]
     grid: TokenGrid
     grid_of: Callable[[str], TokenGrid] = field(repr=False)
+    whole: bool = True
 
     def __repr__(self) -> str:
         logits = "no logits" if self.logits is None else f"logits {list(self.logits.shape)}"
@@ -77,6 +78,8 @@ class Run:
         tower its patches without CLS: as many as image tokens, or four times as many where the
         adapter merges. `run.grid_of(name)` is the grid they are counted in.
         """
+        if not self.whole:
+            raise NotRead(f"run[{name!r}] is what keep= made of the state, which is not here")
         return self.grid_of(name).gather(self[name])
 
     def per_token(self, name: str) -> Tensor:
@@ -89,7 +92,7 @@ class Run:
 
 
 def execute(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     *,
     edits: Sequence[Edit] = (),
@@ -101,50 +104,120 @@ def execute(
     mass: bool = True,
     change: bool = False,
     stop: str | None = None,
+    keep: Keep = None,
 ) -> Run:
     """Run the model once; `MLLM.run` documents the arguments (names are canonical here).
 
     `stop` names a hook, among those read, behind which nothing is run or edited.
     """
+    if strict and not logits:
+        require_a_reader(model, edits, read)
+    named = [name for name, _ in functions]
+    settings = {
+        "strict": strict,
+        "allow_empty_rows": allow_empty_rows,
+        "mass": mass,
+        "change": change,
+    }
+    check_keep(keep, list(read))
+    check_edits(model, x, edits, read, named, settings)
+    keep = slim(keep, list(read))
+    left = _execute(
+        model, x, edits, read, functions, logits, stop, settings, keep, attn=kernel_for(read)
+    )
+    return run_of(model, x, left, whole=keep is None)
+
+
+def check_edits(
+    model: Hooked,
+    x: Inputs,
+    edits: Sequence[Edit],
+    read: Sequence[str],
+    named: Sequence[str],
+    settings: dict[str, bool],
+) -> None:
+    """Raise for what cannot be done, before anything runs or is sent.
+
+    Args:
+        model: to be run.
+        x: its inputs.
+        edits: of values and masks.
+        read: hooks to be read.
+        named: hooks that functions edit.
+        settings: of the masks, see `RunMasks`.
+    """
+    values = [edit for edit in edits if isinstance(edit, ValueEdit)]
+    check_together(values, model, x)
+    for edit in values:
+        edit.check(model, x)
+    edited = [name for edit in values for name in edit.names(model)]
+    model.require(read)
+    model.require([*edited, *named], edited=True)
+    masks = [edit for edit in edits if isinstance(edit, MaskEdit)]
+    if model.host is not None and masks:  # here they are made, and checked, when it runs
+        RunMasks(model, x, masks, [], **settings)
+
+
+def kernel_for(read: Sequence[str]) -> str:
+    """The kernel that a hosted model is to attend through: eager gives patterns."""
+    return "eager" if any(name.endswith("attn.hook_pattern") for name in read) else "sdpa"
+
+
+@at_model
+def _execute(
+    model: Hooked,
+    x: Inputs,
+    edits: Sequence[Edit],
+    read: Sequence[str],
+    functions: Sequence[tuple[str, HookFunction]],
+    logits: bool,
+    stop: str | None,
+    settings: dict[str, bool],
+    keep: Keep,
+    *,
+    attn: str,
+) -> dict[str, Any]:
+    """The run, as plain data: "states", "logits", "receipts"."""
     states: dict[str, Tensor] = {}
     receipts: list[Receipt] = []
     masks = [edit for edit in edits if isinstance(edit, MaskEdit)]
     values = [edit for edit in edits if isinstance(edit, ValueEdit)]
-    if strict and not logits:
-        require_a_reader(model, edits, read)
-    check_together(values, model, x)
-    edited = []
-    for edit in values:
-        edit.check(model, x)
-        edited += [(name, as_function(edit, model, x, receipts)) for name in edit.names(model)]
-    changed = [*edited, *functions]
-    attention.require(model.module, [*read, *(name for name, _ in changed)])
-    steps = value_steps(model, x, read, changed, states)
-    if masks:
-        run_masks = RunMasks(
-            model,
-            x,
-            masks,
-            receipts,
-            strict=strict,
-            allow_empty_rows=allow_empty_rows,
-            mass=mass,
-            change=change,
-        )
-        steps += run_masks.steps()
+    edited = [
+        (name, as_function(edit, model, x, receipts))
+        for edit in values
+        for name in edit.names(model)
+    ]
+    model.require(read)
+    steps = value_steps(model, x, read, [*edited, *functions], states, keeper(keep, model, x))
+    run_masks = RunMasks(model, x, masks, receipts, **settings)
+    steps += run_masks.steps()
     if stop is not None:
         steps = [step for step in steps if step.rank <= model.hooks.rank(stop)]
     made = forward(model, model.to_device(x), steps, logits)
-    if masks:
-        run_masks.require_effects()
-    if strict:
+    run_masks.require_effects()
+    if settings["strict"]:
         require_felt(values, receipts)
-    receipts.sort(key=lambda receipt: model.hooks.rank(receipt.hook))
-    return Run(states, made, Receipts(receipts), x.grid, lambda name: model.grid_of(name, x))
+    return {"states": states, "logits": made, "receipts": rows_of(model, receipts)}
+
+
+def rows_of(model: Hooked, receipts: Sequence[Receipt]) -> list[dict[str, Any]]:
+    """Receipts as plain data, in execution order."""
+    ordered = sorted(receipts, key=lambda receipt: model.hooks.rank(receipt.hook))
+    return [dict(vars(receipt)) for receipt in ordered]
+
+
+def run_of(model: Hooked, x: Inputs, left: dict[str, Any], *, whole: bool = True) -> Run:
+    """A `Run` of the plain data that one left; `whole` if its states are all that was read."""
+    receipts = Receipts(Receipt(**row) for row in left["receipts"])
+
+    def grid_of(name: str) -> TokenGrid:
+        return model.grid_of(name, x)
+
+    return Run(left["states"], left["logits"], receipts, x.grid, grid_of, whole)
 
 
 def forward(
-    model: Instrumented,
+    model: Hooked,
     tensors: dict[str, Tensor],
     steps: list[Step],
     logits: bool,
@@ -167,12 +240,13 @@ def forward(
                 out["logits"] = nn.output.logits
             else:
                 tracer.stop()
+        model.untouched()
     finally:
         model.end()
     return out.get("logits")
 
 
-def require_a_reader(model: Instrumented, edits: Sequence[Edit], read: Sequence[str]) -> None:
+def require_a_reader(model: Hooked, edits: Sequence[Edit], read: Sequence[str]) -> None:
     """Raise for an edit that acts only after everything that is read."""
     last = max((model.hooks.rank(name) for name in read), default=-1)
     for edit in edits:
@@ -186,13 +260,11 @@ def require_a_reader(model: Instrumented, edits: Sequence[Edit], read: Sequence[
             )
 
 
-def as_function(
-    edit: ValueEdit, model: Instrumented, x: Inputs, receipts: list[Receipt]
-) -> HookFunction:
+def as_function(edit: ValueEdit, model: Hooked, x: Inputs, receipts: list[Receipt]) -> HookFunction:
     """A value edit as a hook function that writes its receipt."""
 
-    def function(value: Tensor, hook: Point) -> Tensor | None:
-        name = str(hook.name)
+    def function(value: Tensor, hook: HookName) -> Tensor | None:
+        name = hook.name
         after = edit.change(value, name, model, x)
         fits(name, after, value)
         changed = int(((after != value) & ~(after.isnan() & value.isnan())).any(-1).sum())
@@ -236,13 +308,17 @@ def require_felt(edits: Sequence[ValueEdit], receipts: Sequence[Receipt]) -> Non
 
 
 def value_steps(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     read: Sequence[str],
     functions: Sequence[tuple[str, HookFunction]],
     states: dict[str, Tensor],
+    make: Callable[[Tensor, str], Tensor] | None = None,
 ) -> list[Step]:
-    """One step a hook: first the functions there, in the order given, then the read."""
+    """One step a hook: first the functions there, in the order given, then the read.
+
+    `make` gives what of a state is put into `states`.
+    """
     by_name: dict[str, list[HookFunction]] = {name: [] for name in read}
     for name, function in functions:
         by_name.setdefault(name, []).append(function)
@@ -256,7 +332,7 @@ def value_steps(
             off_path = bool(edits) and model.off_path(name)
             for edit in edits:
                 kept = value.clone() if off_path else value
-                edited = edit(value, hook=Point(name))
+                edited = edit(value, hook=HookName(name))
                 if off_path and (edited is not None or not torch.equal(kept, value)):
                     raise EditHadNoEffect(
                         f"an edit at {name!r} cannot reach the logits: the adapter reads "
@@ -271,7 +347,10 @@ def value_steps(
             if keep:
                 # blocks hand the same tensor on (resid_post of one is resid_pre of the next), so
                 # where functions may write in place, what was read before must be a copy
-                states[name] = value.detach().clone() if functions else value.detach()
+                value = value.detach()
+                if make is not None:
+                    value = make(value, name)
+                states[name] = value.clone() if functions else value
 
         return Step(model.hooks.rank(name), act)
 

@@ -34,7 +34,7 @@ that matches nothing raises and names the nearest hooks: a hook that cannot fire
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 from interp.errors import UnknownHook, nearest
@@ -97,6 +97,40 @@ FINAL_NORM = {
 
 Pattern = str | Iterable[str] | Callable[[str], bool]
 
+#: on a model that is as transformers made it, the pattern is an output of attention, and so is
+#: reached behind what goes into the output projection
+LATE_ON_STOCK = ("attn.hook_pattern", "attn.hook_result")
+
+
+class HookName:
+    """What a function of `run_with_hooks` is told: where it is. TransformerLens's attributes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return f"HookName({self.name!r})"
+
+    def layer(self) -> int:
+        """The block's number, counted in its own tower.
+
+        Raises:
+            ValueError: the hook lies in no block.
+        """
+        return layer_of(self.name)
+
+
+def layer_of(name: str) -> int:
+    """The number of the block that a hook lies in, counted in its own tower.
+
+    Raises:
+        ValueError: it lies in none.
+    """
+    match = re.search(r"\bblocks\.(\d+)\.", name)
+    if match is None:
+        raise ValueError(f"{name!r} lies in no block, so it has no layer")
+    return int(match[1])
+
 
 class Vocabulary:
     """The hook names of one model, in execution order.
@@ -108,6 +142,8 @@ class Vocabulary:
         vision_parts: the same of the vision tower's.
         deepstack: vision blocks behind which an extra merger reads, in the order of the mergers.
         vision_ln_final: whether the adapter reads the vision tower through a final norm.
+        lacks: names that cannot be had on this model though its family has them, each with what
+            would do instead; given, the model is a stock one (`interp.stock`).
     """
 
     def __init__(
@@ -119,10 +155,13 @@ class Vocabulary:
         vision_parts: Iterable[str] = (),
         deepstack: Sequence[int] = (),
         vision_ln_final: bool = False,
+        lacks: Mapping[str, str] | None = None,
     ) -> None:
+        self.lacks = dict(lacks or {})
+        stock = lacks is not None
         shapes = {"hook_embed": "batch pos d_model", "vision.hook_embed": "image pos d_model"}
         for layer in range(n_vision_layers):
-            for suffix, shape in _block_hooks(vision_parts).items():
+            for suffix, shape in _block_hooks(vision_parts, stock).items():
                 shapes[f"vision.blocks.{layer}.{suffix}"] = shape.replace("batch", "image")
             if layer in deepstack:
                 merger = deepstack.index(layer)
@@ -132,9 +171,10 @@ class Vocabulary:
         shapes["adapter.hook_in"] = "image token d_vision"
         shapes["adapter.hook_out"] = "image token d_model"
         for layer in range(n_layers):
-            for suffix, shape in _block_hooks(parts).items():
+            for suffix, shape in _block_hooks(parts, stock).items():
                 shapes[f"blocks.{layer}.{suffix}"] = shape
-        self.shapes = shapes | FINAL_NORM
+        shapes |= FINAL_NORM
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in self.lacks}
 
     @cached_property
     def names(self) -> list[str]:
@@ -153,6 +193,8 @@ class Vocabulary:
         """
         name = canonical(name)
         if name not in self._ranks:
+            if name in self.lacks:
+                raise UnknownHook(f"{name!r} cannot be had on this model: {self.lacks[name]}")
             raise UnknownHook(
                 f"no hook {name!r} on this model; {nearest(name, self.names)} "
                 "(`model.hooks.names` lists all of them)"
@@ -209,9 +251,14 @@ class Vocabulary:
         return found
 
 
-def _block_hooks(parts: Iterable[str]) -> dict[str, str]:
+def _block_hooks(parts: Iterable[str], stock: bool = False) -> dict[str, str]:
     missing = [s for part, names in OPTIONAL_HOOKS.items() if part not in set(parts) for s in names]
-    return {suffix: shape for suffix, shape in BLOCK_HOOKS.items() if suffix not in missing}
+    order = list(BLOCK_HOOKS)
+    if stock:
+        late, early = LATE_ON_STOCK
+        order.remove(late)
+        order.insert(order.index(early) + 1, late)
+    return {suffix: BLOCK_HOOKS[suffix] for suffix in order if suffix not in missing}
 
 
 def canonical(name: str) -> str:

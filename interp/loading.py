@@ -78,6 +78,51 @@ def load(
     return module.eval(), processor
 
 
+def load_hosted(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    weights: bool,
+    processor: Any = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> tuple[nn.Module, Any, str]:
+    """A model as a server has it, its processor, and the name it goes by.
+
+    Args:
+        source: a hub id, a bundled name or a folder; with `weights` also a module in memory.
+        weights: load them; without, the module is on the meta device, which takes no memory.
+        processor, trust_remote_code, options: as of `load`.
+
+    Raises: as `load`.
+    """
+    name = source if isinstance(source, str) else getattr(source, "name_or_path", str(source))
+    if weights:
+        module, processor = load(
+            source, processor=processor, trust_remote_code=trust_remote_code, **options
+        )
+        module.set_attn_implementation("sdpa")  # type: ignore[operator]
+        return module, processor, name
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(
+            f"{type(source).__name__}: a server knows models by name; give a hub id or a folder"
+        )
+    where = _locate(name := os.fspath(source))
+    hub = {key: options.pop(key) for key in HUB_OPTIONS if options.get(key) is not None}
+    hub["trust_remote_code"] = trust_remote_code
+    if options:
+        raise ValueError(
+            f"{', '.join(options)}: the server has the weights, and loads them its way"
+        )
+    config = _read_config(name, where, hub)
+    if processor is None:
+        processor = _read_processor(name, where, config, hub)
+    with torch.device("meta"):
+        module = AutoModelForImageTextToText.from_config(
+            config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
+        )
+    return module.eval(), processor, name
+
+
 def _check(options: dict[str, Any], device: Any) -> None:
     if device is not None and options.get("device_map") is not None:
         raise ValueError(

@@ -33,20 +33,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp import attention
 from interp.clean import Clean, clean_run, skip_to
 from interp.edits.base import Edit
 from interp.edits.masks import MaskEdit
-from interp.edits.receipts import Receipt, Receipts
+from interp.edits.receipts import Receipt
 from interp.edits.values import ValueEdit, check_together
-from interp.execution import Run, as_function, forward, require_a_reader, require_felt, value_steps
+from interp.execution import (
+    Run,
+    as_function,
+    check_edits,
+    forward,
+    kernel_for,
+    require_a_reader,
+    require_felt,
+    rows_of,
+    run_of,
+    value_steps,
+)
+from interp.hooked import Hooked
 from interp.hooks import Pattern
 from interp.inputs import Inputs
-from interp.instrumented import Instrumented
 from interp.masking import LayerMask, RunMasks
 from interp.narrow import narrowing
 from interp.onset import Onset
 from interp.rows import Batch, Rows
+from interp.shipping import at_model
 from interp.steps import Step
 
 #: positions that go through the model together unless `batch_size` says otherwise; a CPU is busy
@@ -82,7 +93,7 @@ class Variant:
 
 
 def run_many(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     edits: Iterable[Edit | Sequence[Edit]],
     *,
@@ -111,23 +122,54 @@ def run_many(
         ValueError: nothing to do, or a `batch_size` below 1.
         Whatever `model.run` raises for one of the variants, with a note that says which.
     """
-    made = each_run(
+    names = model.hooks.expand(read)
+    variants = [(item,) if isinstance(item, Edit) else tuple(item) for item in edits]
+    settings = {
+        "strict": strict,
+        "allow_empty_rows": allow_empty_rows,
+        "mass": mass,
+        "change": change,
+    }
+    if model.host is not None:  # here each is checked when it is made ready
+        for number, given in enumerate(variants):
+            with _noted(number, given):
+                check_edits(model, x, given, names, (), settings)
+    left = _run_many(
+        model, x, variants, names, logits, batch_size, settings, attn=kernel_for(names)
+    )
+    return [run_of(model, x, one) for one in left]
+
+
+@at_model
+def _run_many(
+    model: Hooked,
+    x: Inputs,
+    variants: Sequence[Sequence[Edit]],
+    names: Sequence[str],
+    logits: bool,
+    batch_size: int | None,
+    settings: dict[str, Any],
+    *,
+    attn: str,
+) -> list[dict[str, Any]]:
+    """What each run left, as plain data, in order."""
+    left: list[dict[str, Any]] = [{}] * len(variants)
+    for number, run in each_run(
         model,
         x,
-        edits,
-        read=read,
+        variants,
+        read=names or None,
         logits=logits,
-        strict=strict,
-        allow_empty_rows=allow_empty_rows,
-        mass=mass,
-        change=change,
         batch_size=batch_size,
-    )
-    return [run for _, run in sorted(made, key=lambda numbered: numbered[0])]
+        **settings,
+    ):
+        rows = rows_of(model, run.receipts)
+        left[number] = {"states": run.states, "logits": run.logits, "receipts": rows}
+    return left
 
 
 def each_run(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     edits: Iterable[Edit | Sequence[Edit]],
     *,
@@ -199,18 +241,16 @@ def each_run(
                 variant.states, variant.logits = {}, None  # large, and the caller has them
 
 
-def _run_of(model: Instrumented, x: Inputs, variant: Variant, names: list[str]) -> Run:
+def _run_of(model: Hooked, x: Inputs, variant: Variant, names: list[str]) -> Run:
+    states = {name: variant.states[name] for name in names}
+    # as a tuple: the table that `Receipts` is needs pandas, which a server may lack
     return Run(
-        {name: variant.states[name] for name in names},
-        variant.logits,
-        Receipts(variant.receipts),
-        x.grid,
-        lambda name: model.grid_of(name, x),
+        states, variant.logits, tuple(variant.receipts), x.grid, lambda n: model.grid_of(n, x)
     )
 
 
 def _variant(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     number: int,
     edits: tuple[Edit, ...],
@@ -227,7 +267,8 @@ def _variant(
     for edit in values:
         edit.check(model, x)
     at = [name for edit in values for name in edit.names(model)]
-    attention.require(model.module, [*names, *at])
+    model.require(names)
+    model.require(at, edited=True)
     receipts: list[Receipt] = []
     rows: Any = Rows(model)
     run_masks = RunMasks(rows, x, masks, receipts, **options) if masks else None
@@ -253,7 +294,7 @@ def _layers(variant: Variant) -> list[LayerMask]:
 
 
 def _run_clean(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     variants: list[Variant],
     names: list[str],
@@ -278,7 +319,7 @@ def _run_clean(
 
 
 def _run_batch(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     variants: list[Variant],
     clean: Clean,

@@ -23,8 +23,8 @@ from interp.edits.book import Effect, MaskBook
 from interp.edits.masks import MaskEdit
 from interp.edits.receipts import Receipt, attention_mass, relative_change
 from interp.errors import EditHadNoEffect
+from interp.hooked import Hooked
 from interp.inputs import Inputs
-from interp.instrumented import Instrumented
 from interp.steps import AFTER, BEFORE, Step
 
 
@@ -33,7 +33,7 @@ class LayerMask:
 
     def __init__(
         self,
-        model: Instrumented,
+        model: Hooked,
         book: MaskBook,
         layer: int,
         receipts: list[Receipt],
@@ -57,8 +57,9 @@ class LayerMask:
                 f"mask edits in {self.prefix} while it attends through {attn!r}: {why}; load the "
                 f"model with attn={NAME!r}"
             )
-        # a stock kernel does not say what its queries and keys were
-        self.mass, self.change = (mass, change) if attn == NAME else (False, False)
+        # a stock kernel in this process does not say what its queries and keys were
+        told = attn == NAME or model.stock
+        self.mass, self.change = (mass, change) if told else (False, False)
         tower = model.family.vision if self.vision else model.family.language
         self.rot = "rot_" if tower.rotary else ""
         self.effects: list[Effect] = []
@@ -72,6 +73,7 @@ class LayerMask:
             reads = {"q": f"hook_{self.rot}q", "k": f"hook_{self.rot}k"}
             if self.change:
                 reads["v"] = "hook_v"
+            self.model.require(f"{self.prefix}.attn.{hook}" for hook in reads.values())
             for part, hook in reads.items():
                 name = f"{self.prefix}.attn.{hook}"
                 steps.append(Step(rank(name) + AFTER, partial(self._keep, part, name)))
@@ -195,7 +197,7 @@ class RunMasks:
 
     def __init__(
         self,
-        model: Instrumented,
+        model: Hooked,
         x: Inputs,
         edits: Sequence[MaskEdit],
         receipts: list[Receipt],
@@ -246,7 +248,7 @@ def _attended(x: Inputs, *, vision: bool) -> np.ndarray:
     return x.tensors["attention_mask"].cpu().numpy().astype(bool)
 
 
-def _on_path(model: Instrumented, book: MaskBook, layer: int) -> bool:
+def _on_path(model: Hooked, book: MaskBook, layer: int) -> bool:
     """Whether the adapter reads this layer; "all layers" means those, others are refused."""
     name = f"{book.edits[0].prefix}blocks.{layer}.attn.hook_mask"
     if not model.off_path(name):

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from interp.edits.base import Edit
-from interp.errors import EditHadNoEffect, HeadError, UnknownHook
+from interp.errors import EditHadNoEffect, HeadError, NotHere, UnknownHook
 from interp.execution import HookFunction, Run, execute
 from interp.generation import Generation, generate
 from interp.hooks import Pattern
 from interp.inputs import Inputs, Picture, from_tensors, prepare
 from interp.instrumented import Instrumented
+from interp.keeping import Keep
 from interp.lens.cache import StreamCache
 from interp.lens.view import LensView
 from interp.loading import load
@@ -51,9 +52,12 @@ class MLLM(Instrumented):
         dtype: torch.dtype | str | None = None,
         trust_remote_code: bool = False,
         attn: str = "interp",
+        remote: bool | str = False,
+        allow_host: str | Sequence[str] = (),
+        transfer: str = "float32",
         **options: Any,
     ) -> MLLM:
-        """Load a model.
+        """Load a model, or a model that a server hosts.
 
         Args:
             source: "tiny" (bundled), a hub id, a local folder, or a transformers module, which is
@@ -65,23 +69,52 @@ class MLLM(Instrumented):
             trust_remote_code: run code from the model's repository. Off unless asked for.
             attn: "interp", or the stock kernels "sdpa" or "eager", on which mask edits work but the
                 hooks inside attention do not exist.
+            remote: True or "ndif" for NDIF, "http://127.0.0.1:5001" for a server of one's own;
+                these run the model: no weights are loaded here, everything else stays as it is.
+                "local" packs requests the same way and runs them here, on a stock model.
+            allow_host: other servers that are trusted; their results are unpickled, that is, they
+                can run code here.
+            transfer: "float16" halves what comes back (`model.host.traffic` states the rounding).
             options: passed on to transformers' `from_pretrained`: `revision`, `device_map="auto"`,
-                `max_memory`, `quantization_config`, `token`; also `load_in_4bit=True` and
+                `max_memory`, `quantization_config`, `token`; with `remote`, `limits` of
+                `interp.remote`; also `load_in_4bit=True` and
                 `load_in_8bit=True`, where bitsandbytes is installed.
 
         Raises:
             ModelNotFound: no such folder, or no model in it.
             NotMultimodal: not a multimodal LLM, or a family without a table.
         """
-        module, found = load(
+        if transfer not in ("float32", "float16"):
+            raise ValueError(f'transfer={transfer!r}; "float32" or "float16"')
+        if not remote:
+            given = {"allow_host": allow_host, "transfer": transfer != "float32"}
+            for name in [name for name, value in given.items() if value]:
+                raise ValueError(f"{name}= is about remote models, and remote= is not given")
+            module, found = load(
+                source,
+                processor=processor,
+                device=device,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+            return cls(module, found, attn)
+        if attn != "interp":
+            raise ValueError(f"attn={attn!r}: a hosted model attends as each request needs it")
+        options |= {k: v for k, v in (("device", device), ("dtype", dtype)) if v is not None}
+        # with what it takes to talk to servers
+        from interp.remote.connect import connect
+
+        module, found, host = connect(
             source,
+            remote,
+            allow_host,
+            half=transfer == "float16",
             processor=processor,
-            device=device,
-            dtype=dtype,
             trust_remote_code=trust_remote_code,
             **options,
         )
-        return cls(module, found, attn)
+        return cls(module, found, host=host)
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -131,6 +164,7 @@ class MLLM(Instrumented):
         x: Inputs,
         *edits: Edit,
         read: Pattern | None = None,
+        keep: Keep = None,
         logits: bool = True,
         strict: bool = True,
         allow_empty_rows: bool = False,
@@ -143,6 +177,9 @@ class MLLM(Instrumented):
             x: a prepared batch.
             edits: applied in the order given, see `interp.edits`.
             read: hook names to read: a glob, several, or a predicate on names.
+            keep: what of each state: all, its image tokens ("tokens"), the classes that a
+                `ProbeBank` reads there, or what a function `fn(state, hook)` makes of it. It is
+                made where the model is: only this is held, and comes back from a server.
             logits: compute them; without, the forward stops after the last hook read.
             strict: raise if an edit changes nothing.
             allow_empty_rows: let an edit leave queries with nothing to attend to.
@@ -157,11 +194,14 @@ class MLLM(Instrumented):
         names = self.hooks.expand(read)
         if not (names or edits or logits):
             raise ValueError("nothing to do: no read, no edit, and logits=False")
+        if keep is not None and not names:
+            raise ValueError("keep= is about what is read, and nothing is: give read=")
         return execute(
             self,
             x,
             edits=edits,
             read=names,
+            keep=keep,
             logits=logits,
             strict=strict,
             allow_empty_rows=allow_empty_rows,
@@ -310,6 +350,7 @@ class MLLM(Instrumented):
         Raises:
             NoBridge: TransformerLens does not know the family, or the weights cannot be shared.
         """
+        self.require_weights("a bridge")
         from interp.lens.bridge import bridge  # TransformerLens's bridges take seconds to import
 
         return bridge(self)
@@ -343,6 +384,11 @@ class MLLM(Instrumented):
             settings: `interp.generation.generate` documents them.
         """
         _check_call(x, edits)
+        if self.host is not None:
+            raise NotHere(
+                "generate is not sent to servers yet: model.run(x, *edits).logits[:, -1] are the "
+                "logits of the next token; or load the model without remote="
+            )
         if not details:
             self.needed_processor()
         made = generate(self, x, edits, max_new_tokens=max_new_tokens, seed=seed, **settings)

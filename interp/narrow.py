@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from interp.instrumented import Instrumented
+from interp.hooked import Hooked
 from interp.steps import BEFORE, Step
 
 
-def narrowing(model: Instrumented, layer: int, positions: Tensor) -> list[Step]:
+def narrowing(model: Hooked, layer: int, positions: Tensor) -> list[Step]:
     """Steps that take a block's MLP through some positions only; gradients flow as through all.
 
     Args:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from interp.attention import NAME, as_bool, attend, kernel
-from interp.instrumented import Instrumented
+from interp.hooked import Hooked
 from interp.rows import GivenCall, Rows
 from interp.steps import BEFORE, Step
 
@@ -47,7 +47,7 @@ class Onset:
         layer: of the block.
     """
 
-    def __init__(self, model: Instrumented, layer: int) -> None:
+    def __init__(self, model: Hooked, layer: int) -> None:
         self.model, self.layer = model, layer
         self.prefix = f"blocks.{layer}"
         self.block = model.family.block_path(layer)
@@ -58,10 +58,10 @@ class Onset:
         self.call: tuple[tuple[Any, ...], dict[str, Any]]
 
     @staticmethod
-    def possible(model: Instrumented, layer: int) -> bool:
+    def possible(model: Hooked, layer: int) -> bool:
         """Whether the block's attention has hooks for its queries, keys and z."""
         path = model.family.block_path(layer, "attn")
-        return kernel(model.module.get_submodule(path)) == NAME
+        return model.stock or kernel(model.module.get_submodule(path)) == NAME
 
     @property
     def leaving(self) -> Tensor:
@@ -82,6 +82,7 @@ class Onset:
             self.call = self.model.envoy(self.attention).inputs
 
         names = [f"{self.prefix}.{suffix}" for suffix in KEPT]
+        self.model.require(names)
         first = rank(f"{self.prefix}.attn.hook_q") + BEFORE
         return [Step(first, keep_call), *map(keep, names)]
 

@@ -20,7 +20,6 @@ nothing, to the last bit.
 
 from __future__ import annotations
 
-import re
 import weakref
 from functools import partial
 from typing import Any, cast
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from interp.families.base import Family, Tower, module_at, weight_of
+from interp.hooks import layer_of
+from interp.norms import norm_scale
 
 ATTENTION_POINTS = (
     "hook_rot_q",
@@ -54,10 +55,7 @@ class Point(HookPoint):
         Raises:
             ValueError: the hook lies in no block.
         """
-        match = re.search(r"\bblocks\.(\d+)\.", str(self.name))
-        if match is None:
-            raise ValueError(f"{self.name!r} lies in no block, so it has no layer")
-        return int(match[1])
+        return layer_of(str(self.name))
 
 
 def attach(module: nn.Module, family: Family) -> None:
@@ -195,19 +193,6 @@ def _fire_scaled(part: str, scale: Tensor, ln2: nn.Module, added: nn.Module, _: 
 def _fire_out(part: str, norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     point = cast(HookPoint, getattr(norm, f"hook_{part}_out"))
     return _fire(point, output, 3) if watched(point) else None
-
-
-def norm_scale(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(x centred if the norm centres, its scale): the norm is `centred / scale * weight (+ bias)`.
-
-    Scale is TransformerLens's `hook_scale`: the root mean square with epsilon, `[..., 1]`, float32
-    for half-precision inputs.
-    """
-    x = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-    epsilon = norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
-    if isinstance(norm, nn.LayerNorm):
-        x = x - x.mean(-1, keepdim=True)
-    return x, (x.pow(2).mean(-1, keepdim=True) + epsilon).sqrt()
 
 
 def _fire_norm(offset: float, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:

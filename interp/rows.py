@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.instrumented import Instrumented
+from interp.hooked import Hooked
 from interp.sites import Site, fits
 
 
@@ -29,7 +29,7 @@ class Batch:
         n: how many variants there are.
     """
 
-    def __init__(self, model: Instrumented, n: int) -> None:
+    def __init__(self, model: Hooked, n: int) -> None:
         self.model, self.n = model, n
         self._sites: dict[str, Site] = {}
         self._written: set[str] = set()
@@ -115,7 +115,7 @@ class Rows:
     does not run, since its outcome is worked out beforehand, may be given instead.
     """
 
-    def __init__(self, model: Instrumented) -> None:
+    def __init__(self, model: Hooked) -> None:
         self._model = model
         self._batch: Batch | None = None
         self._number = 0

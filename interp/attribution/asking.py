@@ -26,6 +26,7 @@ from interp.labels import IGNORE
 from interp.model import MLLM
 from interp.pooling import pool
 from interp.probes import ProbeBank
+from interp.shipping import at_model
 
 GROUPS = {"region": REGION, "place": PLACE, "whole": WHOLE}
 Labels = np.ndarray | Sequence[np.ndarray]
@@ -99,9 +100,8 @@ def ask(
     right, said, kept = [], [], []
     if probes is not None and flat is not None:
         for x, own in zip(batches, flat, strict=True):
-            kept.append(clean_run(model, x, [start]))
-            tokens = _tokens(model, x, start, kept[-1].states[start]).float().cpu()
-            said.append(probes.predict(start, tokens).numpy())
+            kept.append(Clean())
+            said.append(_said(model, x, probes.only([start]), start, kept[-1]).numpy())
             right.append((said[-1] == own) & (own != IGNORE))
     scores = []
     for number, x in enumerate(batches):
@@ -135,13 +135,22 @@ def ask(
         )
     parts, first_image = [], 0
     for number, (x, score, read_from) in enumerate(zip(batches, scores, ready, strict=True)):
-        inputs = kept[number].inputs if kept else None
-        clean = Clean(inputs=inputs)
+        clean = kept[number] if kept else Clean()
         parts.append(Part(x, score, read_from, first_image, clean, whole_shapes[number]))
         first_image += len(x)
     if any(not _same_readers(part.score, part.sources) for part in parts):
         dst = "given" if dst == "queries" else dst
     return Question(model, tuple(parts), start, end, layers, ready[0].names, dst)
+
+
+@at_model
+def _said(model: MLLM, x: Inputs, probes: ProbeBank, stage: str, clean: Clean) -> torch.Tensor:
+    """The class that a probe reads at each image token, `[n_tokens]`; what the language model was
+    given is kept in `clean`, if that is here."""
+    made = clean_run(model, x, [stage])
+    clean.inputs = made.inputs
+    tokens = _tokens(model, x, stage, made.states[stage]).float().cpu()
+    return probes.predict(stage, tokens)
 
 
 def _tokens(model: MLLM, x: Inputs, stage: str, state: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,9 @@ from interp.attribution.strongest import Strongest
 from interp.errors import SumMismatch
 from interp.execution import Run
 from interp.families.base import module_at, weight_of
+from interp.model import MLLM
+from interp.projection import output_bias, output_matrix
+from interp.shipping import at_model
 
 TOLERANCE = 1e-4
 
@@ -104,18 +107,27 @@ def direct(
             f"would do, not {question.dst!r}"
         )
     found = []
-    for part in question.parts:
-        found.append(_part(question, part, strongest))
+    n_edges = strongest.n if strongest else 0
+    for number, part in enumerate(question.parts):
+        made, edges = _part(question.model, question.alone(number), n_edges)
+        found.append(made)
+        if strongest:
+            strongest.kept |= edges
         if on_images:
             on_images(len(part.x))
-    joined = {name: torch.cat([getattr(one, name) for one in found]) for name in vars(found[0])}
+    joined = {name: torch.cat([one[name] for one in found]) for name in found[0]}
     result = DirectAttribution(**joined)
     _check_sum(result, question.model.dtype)
     return result
 
 
-def _part(question: Question, part: Part, strongest: Strongest | None) -> DirectAttribution:
-    model, score = question.model, part.score
+@at_model
+def _part(
+    model: MLLM, question: Question, n_edges: int
+) -> tuple[dict[str, Tensor], dict[int, Tensor]]:
+    """The attribution of the one batch of a question, by name, and its strongest edges."""
+    (part,) = question.parts
+    score, strongest = part.score, Strongest(n_edges) if n_edges else None
     assert score.linear is not None
     assert score.row is not None
     assert score.position is not None
@@ -151,11 +163,8 @@ def _part(question: Question, part: Part, strongest: Strongest | None) -> Direct
         grouped, other = _heads(question, part, reading.looks[layer], d, strongest)
         heads.append(grouped)
         elsewhere.append(other)
-        bias = getattr(module_at(model.module, model.family.block_path(layer, "o")), "bias", None)
-        if bias is None:
-            biases.append(nothing)
-        else:
-            biases.append(_rows(bias.detach().cpu().double() @ d.T, row, len(part.x)))
+        bias = output_bias(model, layer)
+        biases.append(nothing if bias is None else _rows(bias @ d.T, row, len(part.x)))
     rest = [
         along(f"blocks.{layer + 1}.hook_resid_pre") - along(f"blocks.{layer}.hook_resid_post")
         if layer in added
@@ -163,18 +172,18 @@ def _part(question: Question, part: Part, strongest: Strongest | None) -> Direct
         for layer in layers
     ]
     target = score.of(run).detach()
-    made = DirectAttribution(
-        heads=torch.stack(heads, 1),
-        elsewhere=torch.stack(elsewhere, 1),
-        mlps=torch.stack([along(f"blocks.{layer}.hook_mlp_out") for layer in layers], 1),
-        biases=torch.stack(biases, 1),
-        rest=torch.stack(rest, 1),
-        start=along(first) + linear.constant,
-        target=target,
-    )
-    for values in vars(made).values():  # images about which the target says nothing
+    made = {
+        "heads": torch.stack(heads, 1),
+        "elsewhere": torch.stack(elsewhere, 1),
+        "mlps": torch.stack([along(f"blocks.{layer}.hook_mlp_out") for layer in layers], 1),
+        "biases": torch.stack(biases, 1),
+        "rest": torch.stack(rest, 1),
+        "start": along(first) + linear.constant,
+        "target": target,
+    }
+    for values in made.values():  # images about which the target says nothing
         values[target.isnan()] = torch.nan
-    return made
+    return made, strongest.kept if strongest else {}
 
 
 def _behind_norm(
@@ -196,7 +205,7 @@ def _heads(
     """A[q, k] (v_k . W_O d) added up over the sources of each group, `[n_rows, head, group]`, and
     over those in none, `[n_rows]`."""
     sources = part.sources
-    w_o = question.model.blocks[look.layer].attn.W_O.detach().cpu().double()
+    w_o = output_matrix(question.model, look.layer)
     through = einsum(w_o, direction, "h d m, n m -> n h d")
     inside = sources.is_in.double()
     outside = (sources.group < 0).double()

@@ -21,9 +21,11 @@ from interp.edges import EdgeSet
 from interp.edits import Knockout, Patch
 from interp.edits.base import Edit
 from interp.errors import HeadError
-from interp.execution import Run
+from interp.execution import Run, execute
 from interp.inputs import Inputs
 from interp.many import each_run
+from interp.model import MLLM
+from interp.shipping import at_model
 
 #: (layer, head, number of the source group)
 Unit = tuple[int, int, int]
@@ -55,27 +57,55 @@ def exact(
         )
     if patch is not None:
         patch = question.patched_by(patch)
-    layers, n_heads, n_groups = question.shape
+    here = question.model.host is None  # a server tells when it is done
     found = []
     for number, part in enumerate(question.parts):
-        out = torch.full((len(part.x), layers, n_heads, n_groups), torch.nan, dtype=torch.float64)
-        if patch is None:
-            edits = [cuts(question, part, [unit]) for unit in wanted]
-        else:
-            edits = _patches(question, part, patch[number], wanted)
-        effect = effects(
-            question,
-            part,
-            edits,
-            strict=patch is None,  # a head may give the same on both batches
-            batch_size=batch_size,
-            on_run=on_run,
-        )
-        for one, (layer, head, group) in zip(effect, wanted, strict=True):
-            out[:, layer - question.layers[0], head, group] = one
-        found.append(out)
+        other = None if patch is None else patch[number]
+        alone, told = question.alone(number), on_run if here else None
+        found.append(_part(question.model, alone, wanted, other, batch_size, told))
         part.clean.forget()
+        if on_run and not here:
+            on_run(len(wanted))
     return torch.cat(found)
+
+
+@at_model
+def _part(
+    model: MLLM,
+    question: Question,
+    wanted: Sequence[Unit],
+    patch: Inputs | None,
+    batch_size: int | None,
+    on_run: Callable[[int], None] | None,
+) -> Tensor:
+    """The effects on the one batch of a question."""
+    (part,) = question.parts
+    layers, n_heads, n_groups = question.shape
+    out = torch.full((len(part.x), layers, n_heads, n_groups), torch.nan, dtype=torch.float64)
+    if patch is None:
+        edits = [cuts(question, part, [unit]) for unit in wanted]
+    else:
+        edits = _patches(question, part, patch, wanted)
+    effect = effects(
+        question,
+        part,
+        edits,
+        strict=patch is None,  # a head may give the same on both batches
+        batch_size=batch_size,
+        on_run=on_run,
+    )
+    for one, (layer, head, group) in zip(effect, wanted, strict=True):
+        out[:, layer - question.layers[0], head, group] = one
+    return out
+
+
+@at_model
+def losses_of(
+    model: MLLM, question: Question, variants: Sequence[Sequence[Edit]], batch_size: int | None
+) -> Tensor:
+    """`effects` of lists of edits on the one batch of a question, wherever the model is."""
+    (part,) = question.parts
+    return effects(question, part, variants, batch_size=batch_size)
 
 
 def all_units(question: Question) -> list[Unit]:
@@ -175,7 +205,7 @@ def _patches(
 ) -> list[list[Edit]]:
     """Edits that put in what heads give on another batch, at the reading positions."""
     read_z = [f"blocks.{layer}.attn.hook_z" for layer in question.layers]
-    run = question.model.run(other, read=read_z, logits=False)
+    run = execute(question.model, other, read=read_z, logits=False)
     at = torch.zeros(len(part.x), part.x.n_pos, dtype=torch.bool)
     at[part.sources.row, part.sources.position] = True
     return [

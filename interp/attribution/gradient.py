@@ -38,6 +38,8 @@ from interp.attribution.reading import Look, Reading, read
 from interp.attribution.strongest import Strongest
 from interp.errors import EditHadNoEffect
 from interp.inputs import Inputs
+from interp.model import MLLM
+from interp.shipping import at_model
 
 
 def gradient(
@@ -70,42 +72,71 @@ def gradient(
         if strongest is not None:
             raise ValueError("patch= puts in whole heads: there are no edges to keep")
     found = []
+    n_edges = strongest.n if strongest else 0
     for number, part in enumerate(question.parts):
-        layers, sources = question.layers, part.sources
-        row, position = sources.row, sources.position
-        other = None
-        if patch is not None:
-            there = read(question.model, patch[number], row, position, layers, _last(question))
-            other = {layer: _at(there.looks[layer]) for layer in layers}
-        clean = _pass(question, part, keep=keep)
-        part.masks.update(clean.masks)
-        gradients = _gradients(clean, part)
-        if steps:
-            toward = {
-                layer: _toward(clean.looks[layer], part, None if other is None else other[layer])
-                for layer in layers
-            }
-            gradients = {layer: torch.zeros_like(one) for layer, one in gradients.items()}
-            for step in range(steps):
-                share = (step + 0.5) / steps
-                offsets = {layer: share * change for layer, change in toward.items()}
-                there = _pass(question, part, offsets)
-                for layer, one in _gradients(there, part).items():
-                    gradients[layer] += one / steps
-        parts = []
-        for layer in layers:
-            look, g = clean.looks[layer], gradients[layer]
-            if other is not None:
-                lost = (g * (_at(look) - other[layer])).sum(-1)[..., None]  # [n, head, 1]
-                parts.append(lost.new_zeros(len(part.x), *lost.shape[1:]).index_add(0, row, lost))
-            else:
-                parts.append(_cuts(look, part, g, corrected, strongest))
-        values = torch.stack(parts, 1)
-        values[part.score.of(clean.run).detach().isnan()] = torch.nan
+        values, edges = _part(
+            question.model,
+            question.alone(number),
+            None if patch is None else patch[number],
+            corrected,
+            steps,
+            n_edges,
+            keep,
+        )
         found.append(values)
+        if strongest:
+            strongest.kept |= edges
         if on_images:
             on_images(len(part.x))
     return torch.cat(found)
+
+
+@at_model
+def _part(
+    model: MLLM,
+    question: Question,
+    patch: Inputs | None,
+    corrected: bool,
+    steps: int,
+    n_edges: int,
+    keep: bool,
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """The estimates of the one batch of a question, and its strongest edges."""
+    (part,), layers = question.parts, question.layers
+    strongest = Strongest(n_edges) if n_edges else None
+    other = None
+    if patch is not None:
+        row, position = part.sources.row, part.sources.position
+        there = read(model, patch, row, position, layers, _last(question))
+        other = {layer: _at(there.looks[layer]) for layer in layers}
+    clean = _pass(question, part, keep=keep)
+    part.masks.update(clean.masks)
+    gradients = _gradients(clean, part)
+    if steps:
+        toward = {
+            layer: _toward(clean.looks[layer], part, None if other is None else other[layer])
+            for layer in layers
+        }
+        gradients = {layer: torch.zeros_like(one) for layer, one in gradients.items()}
+        for step in range(steps):
+            share = (step + 0.5) / steps
+            offsets = {layer: share * change for layer, change in toward.items()}
+            between = _pass(question, part, offsets)
+            for layer, one in _gradients(between, part).items():
+                gradients[layer] += one / steps
+    parts = []
+    for layer in layers:
+        look, g = clean.looks[layer], gradients[layer]
+        if other is not None:
+            lost = (g * (_at(look) - other[layer])).sum(-1)[..., None]  # [n, head, 1]
+            parts.append(
+                lost.new_zeros(len(part.x), *lost.shape[1:]).index_add(0, part.sources.row, lost)
+            )
+        else:
+            parts.append(_cuts(look, part, g, corrected, strongest))
+    values = torch.stack(parts, 1)
+    values[part.score.of(clean.run).detach().isnan()] = torch.nan
+    return values, strongest.kept if strongest else {}
 
 
 def check_steps(steps: int) -> None:

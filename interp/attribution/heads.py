@@ -34,7 +34,7 @@ from interp.attribution.direct import direct
 from interp.attribution.exact import exact
 from interp.attribution.gradient import check_steps, gradient
 from interp.attribution.question import Question
-from interp.attribution.strongest import Strongest
+from interp.attribution.strongest import Strongest, edge_table
 from interp.attribution.table import HeadTable
 from interp.errors import Untestable
 from interp.inputs import Inputs
@@ -182,7 +182,7 @@ def as_table(
             **{name: values[at] for name, values in columns.items()},
         }
     )
-    edges = None if strongest is None else strongest.table()
+    edges = edge_table(strongest, question)
     return HeadTable(rows, edges, {**question.about(), **about})
 
 

@@ -57,6 +57,7 @@ from interp.errors import HeadError, Untestable
 from interp.inputs import Inputs
 from interp.model import MLLM
 from interp.probes import ProbeBank
+from interp.shipping import at_model
 from interp.stats import bootstrap, ratio
 
 N_CANDIDATES = 16
@@ -294,11 +295,20 @@ def _greedy(
 def _lost(question: Question, sets: Sequence[Sequence[Head]], batch_size: int | None) -> np.ndarray:
     """What the target loses when each set is cut, `[n_sets, n_images]`; nan without a target."""
     found = []
-    for part in question.parts:
-        edits = [_knockouts(question, part, heads) for heads in sets]
-        found.append(effects(question, part, edits, batch_size=batch_size))
+    for number, part in enumerate(question.parts):
+        found.append(_lost_of(question.model, question.alone(number), sets, batch_size))
         part.clean.forget()  # all batches' states together might not fit
     return torch.cat(found, 1).numpy()
+
+
+@at_model
+def _lost_of(
+    model: MLLM, question: Question, sets: Sequence[Sequence[Head]], batch_size: int | None
+) -> torch.Tensor:
+    """The same on the one batch of a question, `[n_sets, n_rows]`."""
+    (part,) = question.parts
+    edits = [_knockouts(question, part, heads) for heads in sets]
+    return effects(question, part, edits, batch_size=batch_size)
 
 
 def _judged(

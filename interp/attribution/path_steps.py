@@ -9,7 +9,7 @@ of rotation and whatever else a family does there, and the model itself attends.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,10 +21,12 @@ from interp.clean import Clean, clean_run
 from interp.edits import Ablate, Patch, ValueEdit
 from interp.edits.tensors import Source
 from interp.errors import SumMismatch
+from interp.execution import execute
 from interp.families.base import module_at
 from interp.inputs import Inputs
 from interp.many import each_run
 from interp.model import MLLM
+from interp.shipping import at_model
 
 Head = tuple[int, int]  # layer, head
 Path = tuple[Head, Head]  # sender, receiver
@@ -71,34 +73,39 @@ class Sender:
         where = f"{self.at} positions" if isinstance(self.at, str) else "chosen positions"
         return f"sender {what} at {where}"
 
-    def on(self, question: Question, number: int, layers: Iterable[int]) -> EditOf:
-        """Its edits in some layers, on batch `number` of the question."""
+    def alone(self, number: int) -> Sender:
+        """On one of the question's batches."""
+        return replace(self, others=self.others[number : number + 1])
+
+    def on(self, question: Question, layers: Iterable[int]) -> EditOf:
+        """Its edits in some layers, on the one batch of a question."""
         names = {layer: f"blocks.{layer}.attn.hook_z" for layer in layers}
         if not self.others:
             return lambda layer, head: Ablate(
                 names[layer], with_=self.with_, heads=head, positions=self.at
             )
-        other = self.others[number]
-        run = question.model.run(other, read=list(names.values()), logits=False)
+        (other,) = self.others
+        run = execute(question.model, other, read=list(names.values()), logits=False)
         sources = {layer: Source(run.states, name) for layer, name in names.items()}
         return lambda layer, head: Patch(
             names[layer], from_=sources[layer], heads=head, positions=self.at
         )
 
 
+@at_model
 def losses(
+    model: MLLM,
     question: Question,
-    number: int,
     paths: Sequence[Path],
     through: Sequence[str],
     direct: bool,
     sender: Sender,
     batch_size: int | None,
 ) -> Tensor:
-    """What the target loses by each path on batch `number`, `[n_paths, n_rows]`; nan for a row
-    without a target."""
-    model, part = question.model, question.parts[number]
-    edit = sender.on(question, number, {b[0] for b, _ in paths})
+    """What the target loses by each path on the one batch of a question, `[n_paths, n_rows]`; nan
+    for a row without a target."""
+    (part,) = question.parts
+    edit = sender.on(question, {b[0] for b, _ in paths})
     names = [
         f"blocks.{a[0]}.{hook}" for _, a in paths for hook in ("hook_resid_pre", "attn.hook_z")
     ]
@@ -177,12 +184,12 @@ def _followed(
     }
 
 
-@torch.no_grad()
 def _written(model: MLLM, layer: int, z: Tensor) -> Tensor:
     """What attention adds to the stream, given its z: by the block's own modules."""
-    out: Tensor = _module(model, layer, "o")(z.flatten(-2))
-    if model.family.language.names.post_norms:
-        out = _module(model, layer, "ln1_post")(out)
+    with torch.no_grad():
+        out: Tensor = _module(model, layer, "o")(z.flatten(-2))
+        if model.family.language.names.post_norms:
+            out = _module(model, layer, "ln1_post")(out)
     return out
 
 
@@ -200,7 +207,6 @@ def _module(model: MLLM, layer: int, part: str) -> Any:
     return module_at(model.module, model.family.block_path(layer, part))
 
 
-@torch.no_grad()
 def _variants(
     model: MLLM,
     part: Part,
@@ -222,10 +228,12 @@ def _variants(
         if (sender, layer) not in made:
             stream = given.pop((sender, layer))
             before = clean[f"blocks.{layer}.hook_resid_pre"]
-            normed = _module(model, layer, "ln1")(stream)
             sources = {}
-            for which in through:
-                value = _module(model, layer, which)(normed).unflatten(-1, (-1, model.cfg.d_head))
+            with torch.no_grad():
+                normed = _module(model, layer, "ln1")(stream)
+                projected = {which: _module(model, layer, which)(normed) for which in through}
+            for which, flat in projected.items():
+                value = flat.unflatten(-1, (-1, model.cfg.d_head))
                 sources[which] = Source({hook + which: value}, hook + which)
             made[sender, layer] = (stream != before).any(-1).cpu() & attended, sources
         changed, sources = made[sender, layer]

@@ -63,6 +63,7 @@ from interp.errors import HeadError, Untestable
 from interp.inputs import Inputs
 from interp.model import MLLM
 from interp.probes import ProbeBank
+from interp.shipping import at_model
 
 PARTS = ("q", "k", "v")
 
@@ -146,7 +147,7 @@ def path_attribution(
     if wanted is None:
         wanted = _strongest(asked, sender, top, through)
     found = [
-        losses(asked, number, wanted, through, direct, sender, size)
+        losses(model, asked.alone(number), wanted, through, direct, sender.alone(number), size)
         for number in range(len(asked.parts))
     ]
     between = "all between frozen" if direct else "all between follows"
@@ -197,20 +198,10 @@ def _strongest(question: Question, sender: Sender, top: int, through: Sequence[s
     model, layers = question.model, question.layers
     receives = torch.zeros(len(layers), model.cfg.n_heads, dtype=torch.float64)
     sends = receives.clone()
-    for number, part in enumerate(question.parts):
-        row, position = part.sources.row, part.sources.position
-        reading = read(
-            model, part.x, row, position, layers, question.end, grad=True, clean=part.clean
-        )
-        edit = sender.on(question, number, layers)
-        for i, (layer, g) in enumerate(gradients_at_z(reading, part).items()):
-            look = reading.looks[layer]
-            z = look.z.detach()
-            receives[i] += (g * z)[row, position].double().sum((0, -1)).cpu()
-            taken = z - edit(look.layer, None).change(z, f"{look.prefix}.hook_z", model, part.x)
-            if "q" not in through and part.score.row is not None:
-                taken[part.score.row, part.score.position] = 0
-            sends[i] += (g * taken).double().sum((0, 1, -1)).cpu()
+    for number in range(len(question.parts)):
+        one, other = _worth(model, question.alone(number), sender.alone(number), "q" in through)
+        receives += one
+        sends += other
     receivers = _largest(receives, layers, top, layers[1:])
     senders = _largest(sends, layers, top, layers[:-1])
     paths = [(b, a) for b in senders for a in receivers if b[0] < a[0]]
@@ -220,6 +211,26 @@ def _strongest(question: Question, sender: Sender, top: int, through: Sequence[s
             "receivers; take a larger top=, or give pairs="
         )
     return paths
+
+
+@at_model
+def _worth(model: MLLM, question: Question, sender: Sender, queries: bool) -> tuple[Tensor, Tensor]:
+    """What each head is worth as a receiver and as a sender on the one batch of a question,
+    `[layer, head]` each."""
+    (part,), layers = question.parts, question.layers
+    row, position = part.sources.row, part.sources.position
+    reading = read(model, part.x, row, position, layers, question.end, grad=True, clean=part.clean)
+    edit = sender.on(question, layers)
+    receives, sends = [], []
+    for layer, g in gradients_at_z(reading, part).items():
+        look = reading.looks[layer]
+        z = look.z.detach()
+        receives.append((g * z)[row, position].double().sum((0, -1)).cpu())
+        taken = z - edit(look.layer, None).change(z, f"{look.prefix}.hook_z", model, part.x)
+        if not queries and part.score.row is not None:
+            taken[part.score.row, part.score.position] = 0
+        sends.append((g * taken).double().sum((0, 1, -1)).cpu())
+    return torch.stack(receives), torch.stack(sends)
 
 
 def _largest(values: Tensor, layers: range, top: int, among: range) -> list[Head]:

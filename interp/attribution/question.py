@@ -11,7 +11,7 @@ same question, in the same unit and with the same sign, so that they can be comp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,10 @@ class Question:
     def shape(self) -> tuple[int, int, int]:
         """(layers, heads, source groups) of the answer."""
         return len(self.layers), self.model.cfg.n_heads, len(self.groups)
+
+    def alone(self, number: int) -> Question:
+        """The question on one of its batches."""
+        return replace(self, parts=(self.parts[number],))
 
     def patched_by(self, patch: Sequence[Inputs]) -> list[Inputs]:
         """Other batches whose heads are to be put in, cut off where the question's are.

@@ -20,12 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from interp.attention import as_bool, repeat_heads, require
+from interp.attention import as_bool, repeat_heads
 from interp.clean import Clean, handing_over, keeping_inputs
-from interp.edits.receipts import Receipts
 from interp.execution import Run, forward, value_steps
+from interp.hooked import Hooked
 from interp.inputs import Inputs
-from interp.instrumented import Instrumented
 from interp.narrow import narrowing
 from interp.onset import Onset
 from interp.steps import BEFORE, Step
@@ -54,7 +53,7 @@ class Look:
     mask: Tensor
 
     def __init__(
-        self, model: Instrumented, layer: int, row: Tensor, position: Tensor, n_pos: int
+        self, model: Hooked, layer: int, row: Tensor, position: Tensor, n_pos: int
     ) -> None:
         self.model, self.layer, self.row, self.position = model, layer, row, position
         self.n_pos = n_pos
@@ -63,7 +62,7 @@ class Look:
         self.module: Any = model.module.get_submodule(self.path)
         rot = "rot_" if model.family.language.rotary else ""
         self.hooks = {"q": f"hook_{rot}q", "k": f"hook_{rot}k", "v": "hook_v", "z": "hook_z"}
-        require(model.module, [f"{self.prefix}.{hook}" for hook in self.hooks.values()])
+        model.require([f"{self.prefix}.{hook}" for hook in self.hooks.values()])
 
     def steps(self, offset: Tensor | None, leaf: bool, grad: bool) -> list[Step]:
         """What the pass does here.
@@ -166,7 +165,7 @@ class Reading:
 
 
 def read(
-    model: Instrumented,
+    model: Hooked,
     x: Inputs,
     row: Tensor,
     position: Tensor,
@@ -228,7 +227,7 @@ def read(
         clean.onsets |= onsets
         clean.states |= {name: state.detach() for name, state in states.items()}
         clean.logits = None if made is None else made.detach()
-    run = Run(states, made, Receipts([]), x.grid, lambda name: model.grid_of(name, x))
+    run = Run(states, made, (), x.grid, lambda name: model.grid_of(name, x))
     return Reading(looks, run)
 
 

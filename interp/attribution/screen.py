@@ -29,7 +29,7 @@ from torch import Tensor
 
 from interp.attribution.asking import ask, check_words
 from interp.attribution.cost import Cost, batch_size_within, cost_of, pace
-from interp.attribution.exact import all_units, effects, exact
+from interp.attribution.exact import all_units, exact, losses_of
 from interp.attribution.gradient import check_steps, gradient
 from interp.attribution.heads import OnStep, as_table, counting
 from interp.attribution.question import Question
@@ -174,7 +174,7 @@ def verify_edges(
         )
     edges = table.edges.groupby("image", sort=True).head(n).reset_index(drop=True)
     edges["screened"] = edges["estimate"]
-    for part in asked.parts:
+    for number, part in enumerate(asked.parts):
         here = edges["image"].between(part.first_image, part.first_image + len(part.x) - 1)
         variants = []
         for edge in records(edges[here]):
@@ -184,7 +184,7 @@ def verify_edges(
             )
             variants.append([Knockout(one, layers=edge["layer"], heads=edge["head"])])
         row = edges.loc[here, "image"].to_numpy() - part.first_image
-        found = effects(asked, part, variants).numpy()
+        found = losses_of(model, asked.alone(number), variants, None).numpy()
         edges.loc[here, "estimate"] = found[np.arange(len(row)), row]
     order = edges["estimate"].abs().sort_values(ascending=False, kind="stable").index
     return HeadTable(table.rows, edges.loc[order], table.about)

@@ -112,15 +112,15 @@ class ProbeMargin(Target):
         bias = self.bank.bias(self.end, *classes).cpu().double()
         n = torch.bincount(row, minlength=len(x))
         weight = 1.0 / n.clamp(min=1)[row].double()
-        nothing = n == 0
+        nothing, end, n_rows = n == 0, self.end, len(x)  # so that the probes do not travel along
 
         def of(run: Run) -> Tensor:
-            state = run[self.end][row, position].cpu().double()
+            state = run[end][row, position].cpu().double()
             margin = ((state * direction).sum(-1) + bias) * weight
-            return _by_row(margin, row, len(x)).masked_fill(nothing, torch.nan)
+            return _by_row(margin, row, n_rows).masked_fill(nothing, torch.nan)
 
         def linear(run: Run) -> Linear:
-            return Linear(direction * weight[:, None], _by_row(bias * weight, row, len(x)))
+            return Linear(direction * weight[:, None], _by_row(bias * weight, row, n_rows))
 
         return Score(f"probe margin at {self.end}", self.end, of, row, position, linear)
 
@@ -142,8 +142,8 @@ class AnswerLogit(Target):
     def on(self, model: MLLM, x: Inputs) -> Score:
         """This target on a batch."""
         position = torch.as_tensor(x.is_last.argmax(1))
-        row = torch.arange(len(x))
-        unembed = module_at(model.module, model.family.unembed)
+        n_rows = len(x)
+        row = torch.arange(n_rows)
         token = _token(model, self.answer)
         against = None if self.against is None else _token(model, self.against)
         if token == against:
@@ -158,6 +158,7 @@ class AnswerLogit(Target):
             return logits[:, token] - (0.0 if against is None else logits[:, against])
 
         def linear(run: Run) -> Linear:
+            unembed = module_at(model.module, model.family.unembed)
             weight = weight_of(unembed).detach()
             direction = weight[token].cpu().double()  # of the whole matrix that would be gigabytes
             if against is not None:
@@ -171,7 +172,7 @@ class AnswerLogit(Target):
             if bias is not None:
                 told = bias.detach()
                 constant = float(told[token]) - (0.0 if against is None else float(told[against]))
-            return Linear(through / scale, torch.full((len(x),), constant, dtype=torch.float64))
+            return Linear(through / scale, torch.full((n_rows,), constant, dtype=torch.float64))
 
         config: Any = model.config
         capped = getattr(config.get_text_config(), "final_logit_softcapping", None)
@@ -197,14 +198,15 @@ class Custom(Target):
     def on(self, model: MLLM, x: Inputs) -> Score:
         """This target on a batch."""
         name = getattr(self.fn, "__name__", type(self.fn).__name__)
+        fn, n_rows = self.fn, len(x)
 
         def of(run: Run) -> Tensor:
-            made = self.fn(run)
-            if not isinstance(made, Tensor) or made.shape != (len(x),):
+            made = fn(run)
+            if not isinstance(made, Tensor) or made.shape != (n_rows,):
                 shown = list(made.shape) if isinstance(made, Tensor) else type(made).__name__
                 raise ValueError(
-                    f"target {name}: {shown} for a batch of {len(x)} rows; one number a row, "
-                    f"[{len(x)}], as a tensor"
+                    f"target {name}: {shown} for a batch of {n_rows} rows; one number a row, "
+                    f"[{n_rows}], as a tensor"
                 )
             return made.cpu().double()
 
@@ -220,7 +222,7 @@ def _token(model: MLLM, word: str | int) -> int:
     if isinstance(word, bool) or not isinstance(word, (str, int, np.integer)):
         raise TypeError(f"{word!r} is neither a word nor a token's id")
     if not isinstance(word, str):
-        n = len(weight_of(module_at(model.module, model.family.unembed)))
+        n = model.cfg.d_vocab
         if not 0 <= word < n:
             raise ValueError(f"no token {word}: the vocabulary has 0..{n - 1}")
         return int(word)

@@ -22,16 +22,9 @@ Indices = int | Iterable[int] | None
 
 @dataclass(frozen=True, repr=False)
 class Edit:
-    """Base of all edits. A subclass is a frozen dataclass and registers itself by its name, unless
-    it is made with `kind=False`, being a base itself."""
+    """Base of all edits. A subclass is a frozen dataclass, and is known by its name."""
 
-    #: every kind of edit by its name, for `edit_from_json`
-    KINDS: ClassVar[dict[str, type[Edit]]] = {}
-
-    def __init_subclass__(cls, kind: bool = True, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        if kind:
-            Edit.KINDS[cls.__name__] = cls
+    abstract: ClassVar[bool] = True
 
     def __repr__(self) -> str:
         """The call that makes this edit; what is at its default is left out."""
@@ -54,6 +47,16 @@ class Edit:
         raise NotImplementedError
 
 
+def kinds(base: type[Edit] = Edit) -> dict[str, type[Edit]]:
+    """Every kind of edit by its name, without the bases, which say `abstract`."""
+    found: dict[str, type[Edit]] = {}
+    for cls in base.__subclasses__():
+        found |= kinds(cls)
+        if not vars(cls).get("abstract"):
+            found[cls.__name__] = cls
+    return found
+
+
 def edit_from_json(data: dict[str, Any], **given: Any) -> Edit:
     """The edit that `to_json` wrote.
 
@@ -64,9 +67,9 @@ def edit_from_json(data: dict[str, Any], **given: Any) -> Edit:
     Raises:
         ValueError: an unknown kind of edit.
     """
-    kind = Edit.KINDS.get(data.get("edit", ""))
+    kind = kinds().get(data.get("edit", ""))
     if kind is None:
-        raise ValueError(f"no edit {data.get('edit')!r}; there are {sorted(Edit.KINDS)}")
+        raise ValueError(f"no edit {data.get('edit')!r}; there are {sorted(kinds())}")
     return kind.from_json(data, **given)
 
 

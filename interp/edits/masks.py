@@ -34,15 +34,17 @@ from interp.edits.base import Edit, HeadsByLayer, Indices, indices
 from interp.errors import EdgeError, HeadError
 
 if TYPE_CHECKING:
-    from interp.instrumented import Instrumented
+    from interp.hooked import Hooked
 
 TOWERS = {"language": "language model", "vision": "vision tower"}
 
 MaskFunction = Callable[[Tensor, int], Tensor | None]
 
 
-class MaskEdit(Edit, kind=False):
+class MaskEdit(Edit):
     """Base of mask edits; the subclasses are dataclasses with these two among their fields."""
+
+    abstract = True
 
     layers: Any
     tower: Any
@@ -57,7 +59,7 @@ class MaskEdit(Edit, kind=False):
         """What its tower's hook names begin with."""
         return "vision." if self.tower == "vision" else ""
 
-    def names(self, model: Instrumented) -> list[str]:
+    def names(self, model: Hooked) -> list[str]:
         """The hooks it acts at, in execution order; all layers of a tower are those that count."""
         vision = self.tower == "vision"
         n_layers = model.cfg.n_vision_layers if vision else model.cfg.n_layers
@@ -95,7 +97,7 @@ class MaskEdit(Edit, kind=False):
 
 
 @dataclass(frozen=True, repr=False)
-class EdgeEdit(MaskEdit, kind=False):
+class EdgeEdit(MaskEdit):
     """Common part of `Knockout` and `Unmask`: which edges, in which layers, for which heads.
 
     Attributes:
@@ -105,6 +107,8 @@ class EdgeEdit(MaskEdit, kind=False):
             says the layers too.
         tower: "language" or "vision".
     """
+
+    abstract: ClassVar[bool] = True
 
     edges: EdgeSet
     layers: Indices = None
@@ -160,7 +164,7 @@ class EdgeEdit(MaskEdit, kind=False):
                     f"{self!r}: {int(padding.sum())} of these edges have a {name} that is padding, "
                     f"the first in row {row}; there is nothing there to cut or to see"
                 )
-        super().check(n_layers, n_heads, attended)
+        MaskEdit.check(self, n_layers, n_heads, attended)
         for layer in self.layers or (0,):  # type: ignore[union-attr]
             self._exist("head", self.heads_at(layer) or (), n_heads)
 

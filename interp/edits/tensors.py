@@ -56,6 +56,9 @@ class Frozen:
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
+    def __reduce__(self) -> Any:
+        return Frozen, (self.tensor,)  # what travels is another tensor, with a count of its own
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Frozen):
             return NotImplemented
@@ -143,4 +146,4 @@ class _Read(Vocabulary):
     """The hooks that a run has read, so that patterns mean on them what they mean on a model."""
 
     def __init__(self, states: Mapping[str, Tensor]) -> None:
-        self.shapes = dict.fromkeys(states, "")
+        self.shapes, self.lacks = dict.fromkeys(states, ""), {}

@@ -46,8 +46,8 @@ from interp.errors import EditHadNoEffect, NotRead, PositionError, UnknownHook
 __all__ = ["Ablate", "Patch", "Scale", "Steer", "ValueEdit", "check_together"]
 
 if TYPE_CHECKING:
+    from interp.hooked import Hooked
     from interp.inputs import Inputs
-    from interp.instrumented import Instrumented
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,7 +74,7 @@ class Ablate(ValueEdit):
     sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ValueEdit.__post_init__(self)
         if isinstance(self.with_, Tensor):
             object.__setattr__(self, "with_", _vector(self.with_, "with_", n_axes=(1, 2)))
         elif not isinstance(self.with_, Frozen) and self.with_ not in ("zero", "mean", "resample"):
@@ -86,9 +86,9 @@ class Ablate(ValueEdit):
         if self.seed and self.with_ != "resample":
             raise ValueError(f"Ablate(seed={self.seed}): only with_='resample' draws anything")
 
-    def check(self, model: Instrumented, x: Inputs) -> None:
+    def check(self, model: Hooked, x: Inputs) -> None:
         """Raise unless the model has this edit's hooks, heads and positions, and they matter."""
-        super().check(model, x)
+        ValueEdit.check(self, model, x)
         for name in self.names(model):
             if self.with_ != "zero":
                 _no_keys(self, model, name)
@@ -154,12 +154,12 @@ class Patch(ValueEdit):
     sets: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ValueEdit.__post_init__(self)
         object.__setattr__(self, "from_", Source.given(self.from_, self.pattern))
 
-    def check(self, model: Instrumented, x: Inputs) -> None:
+    def check(self, model: Hooked, x: Inputs) -> None:
         """Raise unless the model has this edit's hooks, heads and positions, and they matter."""
-        super().check(model, x)
+        ValueEdit.check(self, model, x)
         for name in self.names(model):
             if name not in self.from_.tensors:
                 raise NotRead(
@@ -218,16 +218,16 @@ class Steer(ValueEdit):
     relative: bool = field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ValueEdit.__post_init__(self)
         if not isinstance(self.direction, Frozen):
             object.__setattr__(self, "direction", _vector(self.direction, "direction"))
         object.__setattr__(self, "scale", _number(self.scale, "scale"))
         if self.relative and not self.direction.tensor.any():
             raise EditHadNoEffect("a direction of zeros has no unit length, and steers nothing")
 
-    def check(self, model: Instrumented, x: Inputs) -> None:
+    def check(self, model: Hooked, x: Inputs) -> None:
         """Raise unless the model has this edit's hooks, heads and positions, and they matter."""
-        super().check(model, x)
+        ValueEdit.check(self, model, x)
         for name in self.names(model):
             _no_keys(self, model, name)
 
@@ -257,14 +257,14 @@ class Scale(ValueEdit):
     factor: float
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ValueEdit.__post_init__(self)
         object.__setattr__(self, "factor", _number(self.factor, "factor"))
 
     def _new(self, value: Tensor, mask: Tensor, name: str) -> Tensor:
         return value * self.factor
 
 
-def check_together(edits: Sequence[ValueEdit], model: Instrumented, x: Inputs) -> None:
+def check_together(edits: Sequence[ValueEdit], model: Hooked, x: Inputs) -> None:
     """Raise for an edit that overwrites what an earlier one of the same run wrote.
 
     Raises:
@@ -282,14 +282,14 @@ def check_together(edits: Sequence[ValueEdit], model: Instrumented, x: Inputs) -
             at.setdefault(name, []).append(edit)
 
 
-def _overlap(a: ValueEdit, b: ValueEdit, model: Instrumented, x: Inputs, name: str) -> bool:
+def _overlap(a: ValueEdit, b: ValueEdit, model: Hooked, x: Inputs, name: str) -> bool:
     heads_a, heads_b = a.heads_at(name), b.heads_at(name)
     if heads_a is not None and heads_b is not None and not set(heads_a) & set(heads_b):
         return False
     return bool((a.rows(model, x, name) & b.rows(model, x, name)).any())
 
 
-def _no_keys(edit: ValueEdit, model: Instrumented, name: str) -> None:
+def _no_keys(edit: ValueEdit, model: Hooked, name: str) -> None:
     """Rows of attention are no vectors: entry k is about key k, in this row only."""
     if model.hooks.shape(name).endswith("key"):
         raise UnknownHook(

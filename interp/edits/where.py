@@ -23,8 +23,8 @@ from interp.errors import EditHadNoEffect, HeadError, PositionError, UnknownHook
 from interp.hooks import canonical
 
 if TYPE_CHECKING:
+    from interp.hooked import Hooked
     from interp.inputs import Inputs
-    from interp.instrumented import Instrumented
 
 #: suffixes in a block whose values other positions read
 CARRIED_ON = ("hook_resid_pre", "ln1.", "attn.hook_k", "attn.hook_v", "attn.hook_rot_k")
@@ -34,7 +34,7 @@ Heads = Indices | Mapping[int, Indices]
 
 
 @dataclass(frozen=True, repr=False)
-class ValueEdit(Edit, kind=False):
+class ValueEdit(Edit):
     """Common part of value edits: where they act.
 
     Attributes:
@@ -54,6 +54,7 @@ class ValueEdit(Edit, kind=False):
     heads: Heads = field(default=None, kw_only=True)
     positions: Any = field(default=None, kw_only=True)
 
+    abstract: ClassVar[bool] = True
     #: whether it replaces what is there, so that earlier edits of the same entries would be lost
     sets: ClassVar[bool] = False
 
@@ -88,7 +89,7 @@ class ValueEdit(Edit, kind=False):
 
     # -- where ------------------------------------------------------------------------------------
 
-    def names(self, model: Instrumented) -> list[str]:
+    def names(self, model: Hooked) -> list[str]:
         """The hooks it acts at, in execution order.
 
         Raises:
@@ -117,7 +118,7 @@ class ValueEdit(Edit, kind=False):
         numbers = ",".join(str(layer) for layer in layers)
         return f"{self.hook.removesuffix(suffix)}blocks.[{numbers}].{suffix}"
 
-    def check(self, model: Instrumented, x: Inputs) -> None:
+    def check(self, model: Hooked, x: Inputs) -> None:
         """Raise unless the model has this edit's hooks, heads and positions, and they matter."""
         for name in self.names(model):
             axes = model.hooks.shape(name).split()
@@ -143,7 +144,7 @@ class ValueEdit(Edit, kind=False):
                     f"{name} at these positions (CLS) is dropped"
                 )
 
-    def _check_heads(self, model: Instrumented, name: str, axes: Sequence[str]) -> None:
+    def _check_heads(self, model: Hooked, name: str, axes: Sequence[str]) -> None:
         heads = self.heads_at(name)
         if heads is None:
             return
@@ -172,7 +173,7 @@ class ValueEdit(Edit, kind=False):
             return self.heads[_layer(name)]
         return self.heads  # type: ignore[return-value]
 
-    def rows(self, model: Instrumented, x: Inputs, name: str) -> Tensor:
+    def rows(self, model: Hooked, x: Inputs, name: str) -> Tensor:
         """`[batch, pos]` bool of the tensor at a hook: the selected positions."""
         if name.startswith(("adapter.", "deepstack.")):
             grid = model.grid_of(name, x)
@@ -194,7 +195,7 @@ class ValueEdit(Edit, kind=False):
         mask: Tensor = self.positions.mask(attended)
         return mask
 
-    def selected(self, value: Tensor, name: str, model: Instrumented, x: Inputs) -> Tensor:
+    def selected(self, value: Tensor, name: str, model: Hooked, x: Inputs) -> Tensor:
         """Which entries it edits: bool, of the value's rank and broadcastable to it."""
         axes = model.hooks.shape(name).split()
         at = next(i for i, axis in enumerate(axes) if axis in ("pos", "token", "query"))
@@ -213,14 +214,14 @@ class ValueEdit(Edit, kind=False):
         chosen[list(heads)] = True
         return mask & chosen.view([-1 if i == axis else 1 for i in range(value.ndim)])
 
-    def n_selected(self, value: Tensor, name: str, model: Instrumented, x: Inputs) -> int:
+    def n_selected(self, value: Tensor, name: str, model: Hooked, x: Inputs) -> int:
         """How many vectors (entries of all axes but the last) it selects at a hook."""
         mask = self.selected(value, name, model, x)
         return int(mask.expand(*value.shape[:-1], 1).sum())
 
     # -- what -------------------------------------------------------------------------------------
 
-    def change(self, value: Tensor, name: str, model: Instrumented, x: Inputs) -> Tensor:
+    def change(self, value: Tensor, name: str, model: Hooked, x: Inputs) -> Tensor:
         """The value after the edit, a new tensor of the same shape; `value` is left alone.
 
         Scores that the mask closed (minus infinity) stay closed: opening is for `Unmask`.
@@ -261,7 +262,7 @@ class ValueEdit(Edit, kind=False):
         return cls(**given)
 
 
-def _reaches_adapter(model: Instrumented, x: Inputs, name: str) -> Tensor:
+def _reaches_adapter(model: Hooked, x: Inputs, name: str) -> Tensor:
     """`[pos]` bool, or True: which positions of a hook's tensor go anywhere.
 
     What no key or value carries on any more, in the last block that the adapter reads, is lost

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 Side = Literal["input", "output"]
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a hook lives: a module, one of its sides, and how the tensor there is seen.
 
     Attributes:
@@ -288,12 +289,13 @@ class Family:
         path = f"{tower.blocks}.{layer}"
         return f"{path}.{tower.names.part(part)}" if part else path
 
-    def place(self, name: str, d_head: int) -> Place:
+    def place(self, name: str, d_head: int, *, stock: bool = False) -> Place:
         """Where the hook `name` (a canonical, known one) lives.
 
         Args:
             name: for instance "blocks.2.attn.hook_z".
             d_head: width of a head in the hook's tower.
+            stock: on a model without HookPoints; only hooks that have a place there.
         """
         packed = self.vision.packed
         if name.startswith("adapter."):
@@ -308,8 +310,14 @@ class Family:
             return Place(f"{tower.final_norm}.{rest.removeprefix('ln_final.')}", "output")
         _, number, suffix = rest.split(".", 2)
         block, layer, vision = tower.names, int(number), tower is self.vision
+        if stock and suffix == "attn.hook_z":
+            path = self.block_path(layer, "o", vision=vision)
+            return Place(path, "input", d_head=d_head, packed=tower.packed)
         if point := block.point(suffix):
             part, hook = point
+            if stock:  # behind a norm, whose output it is
+                path = self.block_path(layer, part, vision=vision)
+                return Place(path, "output", packed=tower.packed)
             return Place(f"{self.block_path(layer, part, vision=vision)}.{hook}", "output")
         part, side, by_head = Block.PLACES[suffix]
         return Place(

@@ -31,7 +31,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -189,15 +189,23 @@ class ProbeBank:
 
     def to(self, device: torch.device | str) -> ProbeBank:
         """The same bank with its tensors on `device`."""
-        return ProbeBank(
-            stages=self.stages,
-            classes=self.classes,
+        return replace(
+            self,
             weights={name: value.to(device) for name, value in self.weights.items()},
             intercepts={name: value.to(device) for name, value in self.intercepts.items()},
-            seen=self.seen,
-            C=self.C,
-            n_iter=self.n_iter,
-            converged=self.converged,
+        )
+
+    def only(self, stages: Sequence[str]) -> ProbeBank:
+        """The probes of some stages, which are fewer bytes to send."""
+        for stage in stages:
+            self._require(stage)
+        return replace(
+            self,
+            stages=tuple(stages),
+            weights={stage: self.weights[stage] for stage in stages},
+            intercepts={stage: self.intercepts[stage] for stage in stages},
+            n_iter={stage: self.n_iter[stage] for stage in stages},
+            converged={stage: self.converged[stage] for stage in stages},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

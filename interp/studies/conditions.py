@@ -21,9 +21,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from interp.edges import EdgeSet
 from interp.edits import Knockout, MaskEdit, Unmask
@@ -145,13 +148,18 @@ def _mass_matched(
     chosen = np.zeros_like(anchors)
     reached = np.zeros(anchors.shape[:2], dtype=bool)
     for x, at in test.slices():
-        read = test.model.run(x, read="blocks.*.attn.hook_pattern", logits=False)
-        mean = torch.stack([state.mean(1) for state in read.states.values()]).mean(0)
         grid, n = x.grid, test.n_tokens
-        row, position = (a.reshape(grid.n_images, n) for a in (grid.row, grid.position))
-        mass = (
-            mean[row[:, :1, None], position[:, :, None], position[:, None, :]].float().cpu().numpy()
+        at_row, position = (
+            torch.from_numpy(a.reshape(grid.n_images, n)) for a in (grid.row, grid.position)
         )
+
+        read = test.model.run(
+            x,
+            read="blocks.*.attn.hook_pattern",
+            keep=partial(_among_tokens, at_row[:, :1, None], position),
+            logits=False,
+        )
+        mass = torch.stack(list(read.states.values())).mean(0).float().cpu().numpy()
         wanted = (mass * anchors[at]).sum(2)
         order = rng.random(mass.shape).argsort(2)
         pool = (visible[at] & ~anchors[at]) & (wanted > 0)[:, :, None]
@@ -162,3 +170,8 @@ def _mass_matched(
         chosen[at] = take & pool
         reached[at] = (mass * chosen[at]).sum(2) >= wanted
     return chosen, reached
+
+
+def _among_tokens(row: Tensor, position: Tensor, pattern: Tensor, hook: Any) -> Tensor:
+    """The pattern between each image's tokens, `[n_images, dst, src]`, a mean over heads."""
+    return pattern.mean(1)[row, position[:, :, None], position[:, None, :]]

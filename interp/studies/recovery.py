@@ -40,6 +40,8 @@ from interp.studies.result import Finding, Result, difference, points
 from interp.studies.split import EditsOf, Progress, Split
 
 SQUEEZED = "adapter.hook_in, projected"
+#: the stage at which tokens are called right or wrong
+REFERENCE = "adapter.hook_out"
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +66,24 @@ class Baseline:
     predicted_probe: np.ndarray
     reference: str
     readout: str
+
+    @classmethod
+    def fit(cls, probe: Split, test: Split, classes: tuple[str, ...]) -> Baseline:
+        """Probes behind the adapter and at the end, and what they read: all that short scripts
+        need, and little for a hosted model to send back."""
+        reference, readout = REFERENCE, probe.model.stages[-1]
+        states = probe.read([reference, readout])
+        bank = fit_bank(probe, states, classes)
+        return cls(
+            probe=probe,
+            test=test,
+            bank=bank,
+            classes=classes,
+            predicted=test.judge(bank),
+            predicted_probe=bank.predict(reference, states[reference]).numpy(),
+            reference=reference,
+            readout=readout,
+        )
 
     def right(self, stage: str) -> np.ndarray:
         """`[n_images, n_tokens]` bool: labelled tokens that the probe at `stage` gets right."""
@@ -93,10 +113,11 @@ class Baseline:
         for number, (x, at) in enumerate(self.test.slices()):
             changes = edits(number)
             if changes:
-                run = self.test.model.run(x, *changes, read=stages, logits=False, mass=False)
+                run = self.test.model.run(
+                    x, *changes, read=stages, keep=self.bank, logits=False, mass=False
+                )
                 for stage in stages:
-                    state = run.per_token(stage).float().cpu()
-                    said[stage][at] = self.bank.predict(stage, state).numpy()
+                    said[stage][at] = run[stage].cpu().numpy()
             if on_batch:
                 on_batch(len(x))
         return said
@@ -125,16 +146,19 @@ def recovery(
     Returns:
         The baseline for the other studies, and two results ("drop_off", "recovery"); the tables
         `stages` and `references` are in the first.
+
+    Raises:
+        NotHere: a hosted model, whose weights cannot be shuffled; `Baseline.fit` needs none.
     """
     model = probe.model
+    model.require_weights("the control with shuffled weights")
     states = probe.read(model.stages, on_batch=on_batch)
     bank = fit_bank(probe, states, classes)
     squeeze = random_projection(states["adapter.hook_in"].shape[-1], model.cfg.d_model, seed)
     squeezed = None
     if squeeze is not None:
         squeezed = fit_bank(probe, {SQUEEZED: states["adapter.hook_in"] @ squeeze}, classes)
-    reference = "adapter.hook_out"
-    predicted_probe = bank.predict(reference, states[reference]).numpy()
+    predicted_probe = bank.predict(REFERENCE, states[REFERENCE]).numpy()
     del states
     states = test.read(model.stages, on_batch=on_batch)
     table = [
@@ -149,7 +173,7 @@ def recovery(
         classes=classes,
         predicted={s: bank.predict(s, state).numpy() for s, state in states.items()},
         predicted_probe=predicted_probe,
-        reference=reference,
+        reference=REFERENCE,
         readout=model.stages[-1],
     )
     squeezed_right = None

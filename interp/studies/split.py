@@ -24,6 +24,7 @@ from interp.edits import MaskEdit
 from interp.inputs import Inputs
 from interp.labels import IGNORE
 from interp.model import MLLM
+from interp.probes import ProbeBank
 
 #: number of a batch -> its edits
 EditsOf = Callable[[int], Sequence[MaskEdit]]
@@ -144,12 +145,16 @@ class Split:
         """
         x = self.batches[0]
         hooks = "blocks.*.attn.hook_mask"
-        masks = self.model.run(x, read=hooks, logits=False).states.values()
         at = x.grid.of_image(0)
-        row, position = int(x.grid.row[at[0]]), x.grid.position[at]
+        row, position = int(x.grid.row[at[0]]), x.grid.position[at].tolist()
+
+        def image_block(mask: Tensor, hook: Any) -> Tensor:
+            return mask[row].all(0)[position][:, position]
+
+        run = self.model.run(x, read=hooks, keep=image_block, logits=False)
         seen = np.ones((len(at), len(at)), dtype=bool)
-        for mask in masks:
-            seen &= mask[row].all(0).cpu().numpy()[np.ix_(position, position)]
+        for mask in run.states.values():
+            seen &= mask.cpu().numpy()
         seen &= ~np.eye(len(at), dtype=bool)
         return np.broadcast_to(seen, (len(self), *seen.shape))
 
@@ -193,12 +198,35 @@ class Split:
         parts: dict[str, list[Tensor]] = {stage: [] for stage in stages}
         for number, x in enumerate(self.batches):
             changes = edits(number) if edits else ()
-            run = model.run(x, *changes, read=stages, logits=False, mass=False)
+            run = model.run(x, *changes, read=stages, keep="tokens", logits=False, mass=False)
             for stage in stages:
-                parts[stage].append(run.per_token(stage).float().cpu())
+                parts[stage].append(run[stage].float().cpu())
             if on_batch:
                 on_batch(len(x))
         return {stage: torch.cat(found) for stage, found in parts.items()}
+
+    def judge(
+        self, bank: ProbeBank, edits: EditsOf | None = None, *, on_batch: Progress | None = None
+    ) -> dict[str, np.ndarray]:
+        """Classes that probes read at all of their stages, `{stage: [n_images, n_tokens]}`.
+
+        They are read where the model is: no state is kept, or comes back from a server.
+
+        Args:
+            bank: the probes.
+            edits: what to change in each batch.
+            on_batch: called with the number of images done.
+        """
+        parts: dict[str, list[np.ndarray]] = {stage: [] for stage in bank.stages}
+        for number, x in enumerate(self.batches):
+            changes = edits(number) if edits else ()
+            read = list(bank.stages)
+            run = self.model.run(x, *changes, read=read, keep=bank, logits=False, mass=False)
+            for stage in bank.stages:
+                parts[stage].append(run[stage].cpu().numpy())
+            if on_batch:
+                on_batch(len(x))
+        return {stage: np.concatenate(found) for stage, found in parts.items()}
 
     def counts(self, hits: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per image: how many of the tokens `among` are hits, and how many there are."""

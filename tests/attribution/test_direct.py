@@ -14,7 +14,7 @@ from interp.attribution.asking import ask
 from interp.attribution.direct import direct
 from interp.attribution.reading import Look
 from interp.attribution.sources import REGION
-from interp.attribution.strongest import Strongest
+from interp.attribution.strongest import Strongest, edge_table
 from interp.attribution.targets import AnswerLogit, Custom
 from interp.errors import SumMismatch
 from interp.families.base import module_at
@@ -300,7 +300,7 @@ def test_the_strongest_edges_are_the_largest_parts(llama):
         for n, head, src in each.nonzero().tolist():
             value = float(each[n, head, src])
             rows.append((int(row[n]), layer, head, int(position[n]), src, value))
-    table = kept.table()
+    table = edge_table(kept, question)
     for image in (0, 1):
         by_hand = sorted((one for one in rows if one[0] == image), key=lambda one: -abs(one[5]))
         ours = table[table["image"] == image]

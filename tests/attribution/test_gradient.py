@@ -10,7 +10,7 @@ import torch
 from interp.attribution.asking import ask
 from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
-from interp.attribution.strongest import Strongest
+from interp.attribution.strongest import Strongest, edge_table
 from interp.attribution.targets import AnswerLogit, Custom
 from interp.errors import EditHadNoEffect
 from tests.attribution.plain import (
@@ -341,7 +341,7 @@ def test_the_strongest_edges_are_those_of_every_edge_cut_alone(llama, corrected)
         for n, head, src in lost.nonzero().tolist():
             row, dst = int(sources.row[n]), int(sources.position[n])
             rows.append((row, layer, head, dst, src, float(lost[n, head, src])))
-    table = kept.table()
+    table = edge_table(kept, question)
     for image in (0, 1):
         by_hand = sorted((r for r in rows if r[0] == image), key=lambda r: -abs(r[5]))[:25]
         ours = table[table["image"] == image]

@@ -16,7 +16,7 @@ from interp.attribution.exact import exact
 from interp.attribution.gradient import gradient
 from interp.attribution.heads import METHODS, as_table, head_attribution
 from interp.attribution.sources import PLACE, REGION
-from interp.attribution.strongest import Strongest
+from interp.attribution.strongest import Strongest, edge_table
 from interp.attribution.table import HeadTable
 from interp.attribution.targets import AnswerLogit
 from interp.errors import SumMismatch, Untestable
@@ -130,8 +130,9 @@ def test_edges_are_kept_on_demand(case, method):
     assert attribute(case, method=method).edges is None
     table, kept = attribute(case, method=method, edges=7), Strongest(7)
     of = {"direct": direct, "gradient": lambda q, s: gradient(q, strongest=s)}[method]
-    of(case.ask(), kept)
-    edges = kept.table()
+    asked = case.ask()
+    of(asked, kept)
+    edges = edge_table(kept, asked)
     assert edges.groupby("image").size().tolist() == [7, 7, 7]
     for name in ("image", "layer", "head", "dst", "src"):
         assert table.edges[name].tolist() == edges[name].tolist()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from interp import Ablate, EdgeSet, Knockout, Patch, Scale, Steer, Unmask
-from interp.edits.base import Edit, edit_from_json, indices, window
+from interp.edits.base import edit_from_json, indices, kinds, window
 from interp.errors import HeadError
 
 
@@ -50,9 +50,9 @@ def test_indices_that_are_none_are_refused(value):
 
 
 def test_all_kinds_are_known_by_name():
-    kinds = (Ablate, Knockout, Patch, Scale, Steer, Unmask)
-    assert {kind.__name__: kind for kind in kinds}.items() <= Edit.KINDS.items()
-    assert not {"Edit", "ValueEdit", "MaskEdit"} & set(Edit.KINDS)
+    every = (Ablate, Knockout, Patch, Scale, Steer, Unmask)
+    assert {kind.__name__: kind for kind in every}.items() <= kinds().items()
+    assert not {"Edit", "ValueEdit", "MaskEdit", "EdgeEdit"} & set(kinds())
 
 
 def test_edits_of_every_kind_come_back_from_json():

@@ -1,0 +1,64 @@
+"""From `MLLM.load(..., remote=...)` to a module without weights and the host that has them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from interp.loading import load_hosted
+from interp.remote.address import address
+from interp.remote.host import Host
+from interp.remote.keys import find_key
+from interp.remote.limits import Limits
+from interp.remote.progress import StatusLine
+from interp.remote.ready import require_ready
+from interp.remote.transport import Transport
+
+#: how NDIF names a kind of deployment
+KIND = "nnsight.modeling.transformers.TransformersModel"
+TASK = "image-text-to-text"
+
+
+def connect(
+    source: Any,
+    remote: bool | str,
+    allow_host: str | Sequence[str],
+    *,
+    half: bool,
+    limits: Limits | None = None,
+    **options: Any,
+) -> tuple[nn.Module, Any, Host]:
+    """The module, its processor, and where it runs.
+
+    Args:
+        source: of the model.
+        remote: "local", True or "ndif" for NDIF, or a server's URL.
+        allow_host: servers that are trusted beside NDIF's and this machine.
+        half: let results travel as float16.
+        limits: how long to try and to wait. On NDIF jobs are asked for by id rather than watched
+            on a websocket, since only such jobs can be picked up again there.
+        options: of `interp.loading.load`.
+
+    Raises:
+        UntrustedHost, BadAddress: `remote` names a host that is not trusted, or none.
+        NoKey, WrongKey, NotHosted, VersionsDiffer, Unreachable: what would break a request.
+    """
+    if remote == "local":
+        module, processor, name = load_hosted(source, weights=True, **options)
+        return module, processor, Host(name, half=half)
+    at = address(True if remote == "ndif" else remote, allow_host)
+    key = find_key(at)
+    name = os.fspath(source) if isinstance(source, os.PathLike) else source
+    if isinstance(name, str):  # else loading says what is wrong
+        require_ready(at, key, name)
+    module, processor, name = load_hosted(source, weights=False, **options)
+    about = {"repo_id": name, "revision": options.get("revision"), "task": TASK}
+    if options.get("trust_remote_code"):
+        about["trust_remote_code"] = True
+    limits = limits or Limits(watch=at.loopback)
+    transport = Transport(at, key, limits=limits, progress=StatusLine())
+    return module, processor, Host(f"{KIND}:{json.dumps(about)}", transport, half=half)

@@ -1,0 +1,198 @@
+"""What goes up: a traced block with all the code it needs, by source.
+
+nnsight ships a block as its source and the names it uses, pickled; functions and classes of
+registered modules go by source, too, since a server does not have them. `Payload` does that for
+this library, and finds what a server would choke on *here*, before anything is sent:
+
+* a model goes as what it is on the server, without weights (`interp.remote.there.hooked`);
+* grids go as their arrays (`CellGrid`), without the label and edge arithmetic of this side;
+* a function that needs a library which servers lack (pandas, scikit-learn, plotly), or `super()`,
+  whose class is not known there, goes as a stub that says so if it is called;
+* decorators do not go with a function's source: those of `contextlib.contextmanager` and
+  `at_model` are seen to, others raise `WouldNotShip`;
+* an import of this library inside a function, and a module of it as a value, raise `WouldNotShip`,
+  naming it.
+
+What servers have is nnsight's own list and what these packages bring (`SERVER`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import io
+import re
+import sys
+import textwrap
+import types
+from typing import Any
+
+import nnsight
+import zstandard
+from nnsight.intervention.serialization import (
+    CustomCloudPickler,
+    _function_referenced_names,
+    reduce_block,
+)
+
+from interp.cells import CellGrid
+from interp.errors import WouldNotShip
+from interp.hooked import Hooked
+from interp.remote.there import cached, hooked, missing
+from interp.shipping import at_model
+from interp.tokens import TokenGrid
+
+#: packages that are on a server: nnsight's list, and what they are made of
+SERVER = {
+    "torch", "numpy", "transformers", "accelerate", "diffusers", "einops", "peft", "nnsight",
+    "tokenizers", "safetensors", "huggingface_hub", "PIL", "cloudpickle", "pydantic", "tqdm",
+    *sys.stdlib_module_names,
+}  # fmt: skip
+OWN = "interp"
+#: what a function becomes by the two decorators that ship
+MANAGER = contextlib.contextmanager(lambda: iter(())).__code__
+SHIPPED = at_model(lambda model: None).__code__
+#: zstd's; nnsight's client takes the same
+LEVEL = 6
+
+
+def pack_block(tracer: Any, model: Hooked) -> bytes:
+    """A captured tracer as the body of a request, compressed.
+
+    What nnsight's `RequestModel.serialize` does, with this library's pickler, and one line more at
+    the end of the block: a value that can only be read must not have been edited in place.
+
+    Raises:
+        WouldNotShip: something that a server cannot run.
+    """
+    nnsight.register(OWN)
+    frame = tracer.info.frame
+    local = dict(frame.f_locals)
+    source, used_globals, used_locals = reduce_block(tracer.node, frame.f_globals, local)
+    if INSIDE.search(source):  # nnsight must know before the pass; on the line of the `with`
+        body = source.lstrip("\n")
+        blank = len(source) - len(body)
+        every = [name for name in model.hooks.names if INSIDE.search(name)]
+        used_locals = {**used_locals, NAMES: every}
+        source = "\n" * (blank - 1) + f"{CHECK}.require({NAMES})\n" + body
+    block = (f"{source}\n{CHECK}.untouched()", used_globals, {**used_locals, CHECK: model})
+    return zstandard.ZstdCompressor(level=LEVEL).compress(dumps((tracer, block)))
+
+
+CHECK, NAMES = "_interp_model", "_interp_names"
+#: hooks that are inside a forward
+INSIDE = re.compile(r"hook_(rot_q|rot_k|mask)\b")
+
+
+def dumps(value: Any) -> bytes:
+    """Pickled for a server."""
+    buffer = io.BytesIO()
+    Payload(buffer, protocol=4).dump(value)
+    return buffer.getvalue()
+
+
+class Payload(CustomCloudPickler):
+    """nnsight's pickler with this library's rules (see the module docstring)."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """What goes in a way of its own."""
+        if isinstance(obj, Hooked):
+            return hooked, _model_parts(obj)
+        if type(obj) is TokenGrid:
+            return CellGrid, tuple(getattr(obj, f.name) for f in dataclasses.fields(CellGrid))
+        if isinstance(obj, functools.cached_property):  # holds a lock
+            return cached, (obj.func, obj.attrname)
+        if isinstance(obj, types.ModuleType) and _root(obj) == OWN:
+            raise WouldNotShip(
+                f"a module of this library, {obj.__name__}, as a value: import by name what is "
+                "used of it"
+            )
+        if isinstance(obj, type) and _root(obj) == OWN and (base := _foreign_base(obj)):
+            raise WouldNotShip(f"class {_name(obj)} is a {base}, which servers lack")
+        return CustomCloudPickler.reducer_override(self, obj)
+
+    def _dynamic_function_reduce(self, func: Any) -> Any:
+        if (inner := getattr(func, "__wrapped__", None)) is not None and _source(inner):
+            # only the source of what is inside would go, and the decorator be lost
+            if func.__code__ is MANAGER:
+                return contextlib.contextmanager, (inner,)
+            if func.__code__ is not SHIPPED:
+                raise WouldNotShip(
+                    f"{_name(func)} is decorated, and what ships is the source below the "
+                    "decorator: do inside it what the decorator does"
+                )
+            func = inner
+        if _root(func) == OWN:
+            if found := re.search(rf"^\s+(from|import) {OWN}\b.*$", _source(func), re.MULTILINE):
+                raise WouldNotShip(
+                    f"{_name(func)} imports inside itself, {found[0].strip()!r}: there it is no "
+                    "module; import at the top of the file"
+                )
+            if needs := _needs(func):
+                return missing, (_name(func), needs)
+        return CustomCloudPickler._dynamic_function_reduce(self, func)
+
+
+def _model_parts(model: Hooked) -> tuple[Any, ...]:
+    """What `hooked` makes a model of on the server."""
+    # where tokens lie was settled here, by code that needs this side's libraries
+    family = dataclasses.replace(model.family, layout=None)  # type: ignore[arg-type]
+    return model.nn, family, model.hooks, model.cfg, model.vision_reads, model.deepstack
+
+
+@functools.cache
+def _needs(func: Any) -> str:
+    """What a function needs that it will not have there, or nothing."""
+    if "__class__" in func.__code__.co_freevars:
+        return "super(), and with it the class it was written in"
+    source = textwrap.dedent(_source(func))
+    names = _function_referenced_names(source) if source else set()
+    for name in sorted(names & set(func.__globals__)):
+        value = func.__globals__[name]
+        if isinstance(value, (types.ModuleType, types.FunctionType, type)):
+            root = _root(value)
+            if root == OWN and isinstance(value, type) and _foreign_base(value):
+                return f"{_foreign_base(value)}"
+            if root not in SERVER and root not in (OWN, "__main__") and _installed(root):
+                return root
+            if isinstance(value, type) and root in SERVER and not _found(value):
+                return value.__qualname__
+    return ""
+
+
+def _foreign_base(cls: type) -> str:
+    """A base of a class of this library that servers lack, or nothing."""
+    for base in cls.__mro__:
+        if _root(base) not in SERVER | {OWN, "__main__"}:
+            return f"{base.__module__}.{base.__qualname__}"
+    return ""
+
+
+def _root(value: Any) -> str:
+    if isinstance(value, types.ModuleType):
+        return value.__name__.partition(".")[0]
+    return str(getattr(value, "__module__", "") or "").partition(".")[0]
+
+
+def _installed(root: str) -> bool:
+    """Whether a module is an installed library; others are a user's own, and are shipped."""
+    module = sys.modules.get(root)
+    return "site-packages" in (getattr(module, "__file__", None) or "")
+
+
+def _found(cls: type) -> bool:
+    """Whether a class is where it says it is; some of compiled libraries are not."""
+    return getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
+
+
+def _name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _source(func: Any) -> str:
+    try:
+        return inspect.getsource(func)
+    except (OSError, TypeError):  # generated, as those of dataclasses
+        return ""
