@@ -25,6 +25,7 @@ from rich.table import Table
 
 from interp.check import claims, trials
 from interp.check.claims import Finding
+from interp.errors import NotHere
 from interp.inputs import Inputs
 from interp.model import MLLM
 
@@ -129,7 +130,10 @@ def check(model: MLLM, x: Inputs | None = None, *, prompt: str = "what is it ?")
 
     Raises:
         ValueError: weights that are offloaded.
+        NotHere: a hosted model, which lacks hooks and weights that the check looks at.
     """
+    if model.host is not None:
+        raise NotHere("the check reads weights and inner hooks: load the model without remote=")
     if any(parameter.is_meta for parameter in model.module.parameters()):
         raise ValueError(
             "part of this model's weights is offloaded, and the check reads weights; load it "

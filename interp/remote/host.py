@@ -72,10 +72,12 @@ class Host:
         self.traffic, self.last = Traffic(), Traffic()
 
     def __repr__(self) -> str:
-        where = (
-            "here, as on a server" if self.transport is None else str(self.transport.address.url)
-        )
-        return f"Host({where}; {self.traffic})"
+        return f"Host({self.where}; {self.traffic})"
+
+    @property
+    def where(self) -> str:
+        """The server's address, or that it is played here."""
+        return "here as on a server" if self.transport is None else str(self.transport.address.url)
 
     def wrap(self, module: Any) -> Any:
         """The nnsight model that requests are written against: the tree, as every server has it."""

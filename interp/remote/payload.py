@@ -8,10 +8,13 @@ this library, and finds what a server would choke on *here*, before anything is 
 * grids go as their arrays (`CellGrid`), without the label and edge arithmetic of this side;
 * a function that needs a library which servers lack (pandas, scikit-learn, plotly), or `super()`,
   whose class is not known there, goes as a stub that says so if it is called;
+* dataclasses go as what was written in them, and are made again there: the methods that Python
+  generates have no source, and bytecode would fit one version of Python only;
 * decorators do not go with a function's source: those of `contextlib.contextmanager` and
   `at_model` are seen to, others raise `WouldNotShip`;
-* an import of this library inside a function, and a module of it as a value, raise `WouldNotShip`,
-  naming it.
+* functions and classes of a user's own files go by source, too, whichever file they are in;
+* an import of this library inside a function, and as values modules that servers lack, raise
+  `WouldNotShip`, naming them.
 
 What servers have is nnsight's own list and what these packages bring (`SERVER`).
 """
@@ -29,6 +32,7 @@ import textwrap
 import types
 from typing import Any
 
+import cloudpickle.cloudpickle as cp
 import nnsight
 import zstandard
 from nnsight.intervention.serialization import (
@@ -36,11 +40,12 @@ from nnsight.intervention.serialization import (
     _function_referenced_names,
     reduce_block,
 )
+from nnsight.ndif import pull_env
 
 from interp.cells import CellGrid
 from interp.errors import WouldNotShip
 from interp.hooked import Hooked
-from interp.remote.there import cached, hooked, missing
+from interp.remote.there import cached, fill_dataclass, hooked, missing, new_class
 from interp.shipping import at_model
 from interp.tokens import TokenGrid
 
@@ -68,6 +73,7 @@ def pack_block(tracer: Any, model: Hooked) -> bytes:
         WouldNotShip: something that a server cannot run.
     """
     nnsight.register(OWN)
+    pull_env()  # modules beside the user's script
     frame = tracer.info.frame
     local = dict(frame.f_locals)
     source, used_globals, used_locals = reduce_block(tracer.node, frame.f_globals, local)
@@ -104,13 +110,26 @@ class Payload(CustomCloudPickler):
             return CellGrid, tuple(getattr(obj, f.name) for f in dataclasses.fields(CellGrid))
         if isinstance(obj, functools.cached_property):  # holds a lock
             return cached, (obj.func, obj.attrname)
-        if isinstance(obj, types.ModuleType) and _root(obj) == OWN:
+        if isinstance(obj, types.ModuleType) and _root(obj) not in SERVER:
+            if _installed(_root(obj)):
+                raise WouldNotShip(
+                    f"the library {obj.__name__}, which servers lack: do here what needs it, with "
+                    "what comes back"
+                )
             raise WouldNotShip(
-                f"a module of this library, {obj.__name__}, as a value: import by name what is "
-                "used of it"
+                f"the module {obj.__name__} as a value, which servers lack: import by name what "
+                "is used of it, and that is sent"
             )
-        if isinstance(obj, type) and _root(obj) == OWN and (base := _foreign_base(obj)):
-            raise WouldNotShip(f"class {_name(obj)} is a {base}, which servers lack")
+        if isinstance(obj, (types.FunctionType, type)) and _users(obj):
+            if isinstance(obj, type):
+                return cp._dynamic_class_reduce(obj)
+            return self._dynamic_function_reduce(obj)
+        if isinstance(obj, type) and _root(obj) == OWN:
+            if base := _foreign_base(obj):
+                raise WouldNotShip(f"class {_name(obj)} is a {base}, which servers lack")
+            if dataclasses.is_dataclass(obj) and "__dataclass_fields__" in vars(obj):
+                bare = (obj.__name__, obj.__qualname__, obj.__module__, obj.__bases__)
+                return new_class, bare, _dataclass_parts(obj), None, None, fill_dataclass
         return CustomCloudPickler.reducer_override(self, obj)
 
     def _dynamic_function_reduce(self, func: Any) -> Any:
@@ -124,6 +143,8 @@ class Payload(CustomCloudPickler):
                     "decorator: do inside it what the decorator does"
                 )
             func = inner
+        if _root(func) == OWN and not _source(func):
+            raise WouldNotShip(f"{_name(func)} has no source: bytecode fits one Python only")
         if _root(func) == OWN:
             if found := re.search(rf"^\s+(from|import) {OWN}\b.*$", _source(func), re.MULTILINE):
                 raise WouldNotShip(
@@ -140,6 +161,37 @@ def _model_parts(model: Hooked) -> tuple[Any, ...]:
     # where tokens lie was settled here, by code that needs this side's libraries
     family = dataclasses.replace(model.family, layout=None)  # type: ignore[arg-type]
     return model.nn, family, model.hooks, model.cfg, model.vision_reads, model.deepstack
+
+
+def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bool]]:
+    """What `fill_dataclass` makes a dataclass of: what was written in it, its fields with those of
+    its bases, and the decorator's arguments."""
+    made = {"__dataclass_fields__", "__dataclass_params__", "__match_args__", "__annotations__"}
+    made |= {"__dict__", "__weakref__", "__replace__"}
+    fields = dataclasses.fields(cls)
+    body = {
+        name: value
+        for name, value in vars(cls).items()
+        if name not in made | {field.name for field in fields} and not _generated(value)
+    }
+    # `MISSING` is one object a process, and is left out
+    keys = ("default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
+    told = [
+        {"name": field.name}
+        | {k: v for k in keys if (v := getattr(field, k)) is not dataclasses.MISSING}
+        for field in fields
+    ]
+    options = {
+        name: getattr(cls.__dataclass_params__, name)
+        for name in ("init", "repr", "eq", "order", "unsafe_hash", "frozen")
+    }
+    return body, told, options
+
+
+def _generated(value: Any) -> bool:
+    """Whether a method is one that `dataclass` wrote."""
+    inner = getattr(value, "__wrapped__", value)
+    return isinstance(inner, types.FunctionType) and not _source(inner)
 
 
 @functools.cache
@@ -180,6 +232,12 @@ def _installed(root: str) -> bool:
     """Whether a module is an installed library; others are a user's own, and are shipped."""
     module = sys.modules.get(root)
     return "site-packages" in (getattr(module, "__file__", None) or "")
+
+
+def _users(value: Any) -> bool:
+    """Whether a function or class is of a user's own files, which servers lack."""
+    root = _root(value)
+    return root not in SERVER | {OWN, "__main__", ""} and not _installed(root)
 
 
 def _found(cls: type) -> bool:

@@ -7,8 +7,10 @@ back plain data, errors of this library included, so that they are raised here a
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +37,34 @@ def cached(function: Callable[[Any], Any], name: str) -> Any:
     made = functools.cached_property(function)
     made.attrname = name
     return made
+
+
+def new_class(name: str, qualname: str, module: str, bases: tuple[type, ...]) -> Any:
+    """An empty class, which `fill_dataclass` makes a dataclass; its methods may speak of it."""
+    return types.new_class(
+        name, bases, {}, lambda body: body.update(__qualname__=qualname, __module__=module)
+    )
+
+
+def fill_dataclass(cls: Any, parts: Any) -> None:
+    """Make the dataclass that it is elsewhere.
+
+    Args:
+        cls: of `new_class`.
+        parts: (what was written in it, all its fields, the decorator's arguments). Its bases need
+            not be filled yet: classes may speak of one another.
+    """
+    body, fields, options = parts
+    for name, value in body.items():
+        setattr(cls, name, value)
+    annotations = {}
+    for told in fields:
+        how = dict(told)
+        name = how.pop("name")
+        annotations[name] = object  # words would be looked up in a module that is not there
+        setattr(cls, name, dataclasses.field(**how))
+    cls.__annotations__ = annotations
+    dataclasses.dataclass(**options)(cls)
 
 
 def missing(name: str, library: str) -> Callable[..., Any]:

@@ -156,7 +156,7 @@ def test_a_model_that_is_not_there():
     ("change", "fix"),
     [
         ({"nnsight": "0.7.9"}, 'pip install "nnsight==0.7.9"'),
-        ({"python": "3.10.4"}, "Python 3.10"),
+        ({"python": "2.7.4"}, "Python 2.7"),
         ({"transformers": "4.57.0"}, 'pip install "transformers==4.57.0"'),
     ],
 )
@@ -175,8 +175,11 @@ def test_versions_that_are_worth_knowing():
     other = dataclasses.replace(here, nnsight="0.8.0", torch="3.0.0", transformers="5.22.0")
     assert [p.blocks for p in misfits(here, other)] == [False] * 3
     assert misfits(here, Versions()) == []
-    worst_first = misfits(here, dataclasses.replace(other, python="3.12.0"))
-    assert worst_first[0].what == "Python is 3.11.2 here and 3.12.0 there"
+    (python, *_) = misfits(here, dataclasses.replace(other, python="3.12.0"))
+    assert python.what == "Python is 3.11.2 here and 3.12.0 there"
+    assert not python.blocks  # code travels by source
+    worst_first = misfits(here, dataclasses.replace(other, transformers="6.0.0"))
+    assert worst_first[0].what == "transformers is 5.23.0 here and 6.0.0 there"
     assert pip_command(other, here) == 'pip install "nnsight==0.8.0" "transformers==5.22.0"'
     assert pip_command(here, here) == pip_command(Versions(), here) == ""
 
