@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 
 from interp import __version__
-from interp.errors import InterpError
+from interp.errors import InterpError, MissingLibrary
 
 if TYPE_CHECKING:
     from interp.model import MLLM
@@ -100,6 +100,9 @@ def heads(
     threads: Annotated[
         int | None, typer.Option(help="Of torch on the CPU; one if the model is small.")
     ] = None,
+    remote: Annotated[
+        str, typer.Option(help='"ndif" or the URL of a server that runs the model.')
+    ] = "",
     dry_run: Annotated[bool, typer.Option(help="Say what it costs, and stop.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Replace another run in OUT.")] = False,
 ) -> None:
@@ -114,7 +117,7 @@ def heads(
     try:
         if out is None and not dry_run:
             raise ValueError("--out is missing: the run folder to write (or --dry-run)")
-        loaded = _load(model, device=device, dtype=dtype)
+        loaded = _load(model, device=device, dtype=dtype, remote=remote)
         suit_threads(loaded, threads)
         if dry_run:
             asked = prepare(loaded, arguments)
@@ -208,11 +211,15 @@ def serve(context: typer.Context) -> None:
 
     The server is a program of its own that cannot import this library, as NDIF cannot.
     """
+    import importlib.util
     import os
     import sys
 
     from interp.loading import BUNDLED
 
+    needs = ("fastapi", "uvicorn", "websockets", "python_multipart")
+    if lacking := [name for name in needs if importlib.util.find_spec(name) is None]:
+        _fail(MissingLibrary(f"no {', '.join(lacking)} here: pip install 'interp[serve]'"))
     program = Path(__file__).parent / "rehearsal" / "__main__.py"
     arguments = list(context.args)
     if arguments and arguments[0] in BUNDLED:

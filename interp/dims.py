@@ -16,7 +16,8 @@ from interp.families.base import Family, Tower, module_at
 
 @dataclass(frozen=True)
 class Dims:
-    """Sizes of a model, by TransformerLens's names; `*_vision_*` are the vision tower's.
+    """Sizes of a model, by TransformerLens's names; `*_vision_*` are the vision tower's, 0 where
+    there is none.
 
     `device` is where the first weights were when the model was loaded.
     """
@@ -57,6 +58,8 @@ class Dims:
 
 
 def _sizes(module: nn.Module, tower: Tower) -> dict[str, int]:
+    if not tower.blocks:
+        return dict.fromkeys(("layers", "heads", "kv_heads", "model", "head", "mlp"), 0)
     blocks: Any = module_at(module, tower.blocks)
     names, block = tower.names, blocks[0]
 

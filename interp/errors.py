@@ -111,6 +111,13 @@ class NotHere(InterpError, NotImplementedError):
     """Something that needs the model's weights here, asked of a model that a server hosts."""
 
 
+#: what is said to whoever asks a text-only model for more than words
+NO_VISION = (
+    "this model has no vision tower: it is text-only. Its hooks are the language model's, and "
+    'model.prepare(None, "The Eiffel Tower is in") makes its inputs'
+)
+
+
 def nearest(name: str, known: Iterable[str], n: int = 3) -> str:
     """The `n` known names closest to `name`, as words for an error message.
 

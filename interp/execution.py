@@ -46,6 +46,8 @@ class Run:
 
     `run["blocks.3.hook_resid_post"]` is a state by hook name, `run.tokens(name)` its image tokens
     in grid order, `run.logits` the logits (None if not wanted), `run.receipts` what the edits did.
+    `run.traffic` is what a server's answer took (None here), `run.whole` whether all of each state
+    was kept.
     """
 
     states: dict[str, Tensor]
@@ -54,10 +56,12 @@ class Run:
     grid: TokenGrid
     grid_of: Callable[[str], TokenGrid] = field(repr=False)
     whole: bool = True
+    traffic: Any = None
 
     def __repr__(self) -> str:
         logits = "no logits" if self.logits is None else f"logits {list(self.logits.shape)}"
-        return f"Run({len(self.states)} states, {logits}, {len(self.receipts)} receipts)"
+        went = "" if self.traffic is None else f"; {self.traffic}"
+        return f"Run({len(self.states)} states, {logits}, {len(self.receipts)} receipts{went})"
 
     def __getitem__(self, name: str) -> Tensor:
         name = canonical(name)
@@ -119,7 +123,7 @@ def execute(
         "mass": mass,
         "change": change,
     }
-    check_keep(keep, list(read))
+    check_keep(keep, model, list(read))
     check_edits(model, x, edits, read, named, settings)
     keep = slim(keep, list(read))
     left = _execute(
@@ -213,7 +217,8 @@ def run_of(model: Hooked, x: Inputs, left: dict[str, Any], *, whole: bool = True
     def grid_of(name: str) -> TokenGrid:
         return model.grid_of(name, x)
 
-    return Run(left["states"], left["logits"], receipts, x.grid, grid_of, whole)
+    traffic = None if model.host is None else model.host.last
+    return Run(left["states"], left["logits"], receipts, x.grid, grid_of, whole, traffic)
 
 
 def forward(

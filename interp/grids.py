@@ -6,16 +6,19 @@ language model. `build_grids` puts the layouts of a batch's pictures together in
 stage, so that labels, gathering and boxes work at every stage in the same way.
 
 Which placeholder is which is a matter of counting: pictures fill the placeholders of the prompts in
-reading order, row by row, and each takes as many as its layout says.
+reading order, row by row, and each takes as many as its layout says. A text-only model has no
+pictures; in place of its grids stands what tells so whoever asks for an image token (`NoTokens`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
+from interp.errors import NO_VISION, NotMultimodal
 from interp.layout import Layout
 from interp.tokens import TokenGrid
 
@@ -34,26 +37,67 @@ class Grids(NamedTuple):
     vision: TokenGrid
 
 
+class NoTokens:
+    """Stands for a grid at a stage that a text-only model lacks; whatever is asked of it raises.
+
+    Raises:
+        NotMultimodal: saying that there is no vision tower.
+    """
+
+    def __len__(self) -> int:
+        return 0
+
+    def __repr__(self) -> str:
+        return "no image tokens"
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copying and pickling ask for such, and may be told no
+            raise AttributeError(name)
+        raise NotMultimodal(NO_VISION)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class NoPictures(NoTokens):
+    """Stands for the grid of a text-only batch in the language model's sequence.
+
+    Attributes:
+        n_batch: rows of the batch.
+        n_pos: length of the sequence, padding included.
+    """
+
+    n_batch: int
+    n_pos: int
+
+    @property
+    def is_placeholder(self) -> np.ndarray:
+        """`[n_batch, n_pos]` bool: False, every position is a word's or padding."""
+        return np.zeros((self.n_batch, self.n_pos), dtype=bool)
+
+
 #: one view of one picture at one stage: image, name, shape, boxes, (row, position)
 _Piece = tuple[int, str, tuple[int, int], np.ndarray, np.ndarray]
 
 
 def build_grids(
     input_ids: np.ndarray,
-    image_token: int,
+    image_token: int | None,
     layouts: Sequence[Layout],
 ) -> Grids:
     """The grids of a prepared batch.
 
     Args:
         input_ids: `[batch, pos]`, in which `image_token` stands once for each placeholder.
-        image_token: its id.
+        image_token: its id; None if the model is text-only.
         layouts: of the pictures, in the order in which they appear.
 
     Raises:
         ValueError: the prompts hold another number of placeholders than the pictures need, or a
             picture's would lie in two rows.
     """
+    n_batch, n_pos = input_ids.shape
+    if image_token is None:
+        none = cast(Any, NoTokens())
+        return Grids(cast(Any, NoPictures(n_batch, n_pos)), none, none)
     places = np.argwhere(input_ids == image_token)
     ends = np.cumsum([0, *(layout.n_slots for layout in layouts)])
     if ends[-1] != len(places):
@@ -79,7 +123,6 @@ def build_grids(
             for pieces, lattice in ((adapter, view.adapter), (vision, view.patches)):
                 pieces.append((image, view.name, lattice.shape, lattice.boxes, lattice.at))
     first, sizes = layouts[0].views[0], [layout.size for layout in layouts]
-    n_batch, n_pos = input_ids.shape
     none = np.zeros((0, 2), dtype=int)
     return Grids(
         _grid(llm, sizes, (n_batch, n_pos), np.concatenate(fillers)),

@@ -158,7 +158,9 @@ class Hooked:
         Raises:
             ValueError: the hook has no axis of tokens (scores, patterns, masks), or holds other
                 things there.
+            NotMultimodal: a text-only model.
         """
+        self.family.require_vision()
         name = canonical(name)
         if self.hooks.shape(name).split()[1] not in ("pos", "token"):
             raise ValueError(
@@ -185,7 +187,12 @@ class Hooked:
         return x.adapter
 
     def path(self) -> Path:
-        """What the adapter reads, what deepstack adds, which vision blocks lead nowhere."""
+        """What the adapter reads, what deepstack adds, which vision blocks lead nowhere.
+
+        Raises:
+            NotMultimodal: a text-only model.
+        """
+        self.family.require_vision()
         return Path(
             adapter_reads=self.vision_reads,
             through_norm=bool(self.family.vision.final_norm),
@@ -207,18 +214,24 @@ class Hooked:
 
     @property
     def adapter_reads(self) -> str:
-        """The last stage that the adapter reads; later vision blocks are off the path."""
-        return self.vision_reads[-1]
+        """The last stage that the adapter reads; later vision blocks are off the path. Empty if
+        there is no adapter."""
+        return self.vision_reads[-1] if self.vision_reads else ""
 
     def off_path(self, name: str) -> bool:
         """Whether a hook lies in a vision block behind `adapter_reads`: edits there do nothing."""
         name = canonical(name)
-        behind = self.hooks.rank(name) > self.hooks.rank(self.adapter_reads)
-        return behind and name.startswith("vision.blocks.")
+        rank = self.hooks.rank(name)
+        return name.startswith("vision.blocks.") and rank > self.hooks.rank(self.adapter_reads)
 
     @property
     def stages(self) -> list[str]:
-        """Where segmentation is probed, in order: vision embedding, vision layers, adapter, LLM."""
+        """Where segmentation is probed, in order: vision embedding, vision layers, adapter, LLM.
+
+        Raises:
+            NotMultimodal: a text-only model.
+        """
+        self.family.require_vision()
         first = FIRST if self.family.vision.reordered else "vision.hook_embed"
         vision = [f"vision.blocks.{i}.hook_resid_post" for i in range(self.cfg.n_vision_layers)]
         llm = [f"blocks.{i}.hook_resid_post" for i in range(self.cfg.n_layers)]

@@ -5,6 +5,8 @@ prompt goes through its chat template if it has one, each placeholder is expande
 as its picture gives, batches are padded on the tokenizer's side. What comes back is an `Inputs`:
 the tensors for the forward pass, and the grids that say where each image token came from.
 
+A text-only model, which only a server hosts, is given `None` for the picture.
+
 `from_tensors` (called as `model.inputs(**tensors)`) makes the same of tensors that are ready.
 
 In a causal language model the image tokens precede the question, so their states do not depend on
@@ -27,11 +29,14 @@ from torch import Tensor
 
 from interp.errors import ImageError, PositionError
 from interp.families import Family
+from interp.families.text import encode
 from interp.grids import build_grids
 from interp.prompt import Prompt
 from interp.tokens import TokenGrid
 
 Picture = Image.Image | np.ndarray | str | os.PathLike[str]
+#: one, one a row, or those of each row
+Pictures = Picture | Sequence[Picture] | Sequence[Sequence[Picture]]
 
 #: inputs that transformers' own forward does without, in the way the layouts take it
 OPTIONAL = ("pixel_attention_mask", "batch_num_images")
@@ -108,7 +113,7 @@ def prepare(
     family: Family,
     config: Any,
     processor: Any,
-    image: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+    image: Pictures | None,
     text: str | Sequence[str],
     **settings: Any,
 ) -> Inputs:
@@ -119,7 +124,7 @@ def prepare(
         config: the model's configuration.
         processor: its transformers processor.
         image: a picture; a list of pictures, one batch row each; or a list of lists, the pictures
-            of each row.
+            of each row. None for a text-only model, whose text is taken as it is.
         text: the question; one for all rows, or one a row. A text that already holds image
             placeholders, one a picture, is taken as the whole prompt; any other goes through the
             chat template, behind its pictures.
@@ -127,8 +132,15 @@ def prepare(
 
     Raises:
         ImageError: something that is no picture.
+        NotMultimodal: a picture for a text-only model.
         ValueError: a wrong number of texts, or of placeholders in one; an unknown setting.
     """
+    if not family.has_vision:
+        if image is not None or settings:
+            family.require_vision()
+        prompts = (text,) if isinstance(text, str) else tuple(text)
+        tensors = encode(getattr(processor, "tokenizer", processor), prompts)
+        return _assemble(family, config, processor, tensors, None, None, prompts)
     rows = [[_picture(one) for one in row] for row in _rows(image)]
     texts = [text] * len(rows) if isinstance(text, str) else list(text)
     if len(texts) != len(rows) or not rows:
@@ -140,8 +152,7 @@ def prepare(
         processor = _with_settings(processor, settings)
     prompts = tuple(_prompt(processor, one, len(row)) for one, row in zip(texts, rows, strict=True))
     batch = processor(images=rows, text=list(prompts), return_tensors="pt", padding=True)
-    wanted = (*family.COMMON, *family.inputs)
-    tensors = {name: batch[name] for name in wanted if name in batch}
+    tensors = {name: batch[name] for name in family.takes if name in batch}
     sizes = [picture.size for row in rows for picture in row]
     return _assemble(family, config, processor, tensors, sizes, None, prompts)
 
@@ -174,14 +185,16 @@ def from_tensors(
     Raises:
         ValueError: a tensor that is missing or unknown, or an arrangement that is not told.
     """
-    wanted = (*family.COMMON, *family.inputs)
+    wanted = family.takes
+    if "pixel_values" in tensors:
+        family.require_vision()
     if unknown := sorted(set(tensors) - set(wanted)):
         raise ValueError(
             f"{', '.join(unknown)}: no input(s) of a {family.name} model here; "
             f"they are {', '.join(wanted)}"
         )
     for name in ("input_ids", "pixel_values"):
-        if name not in tensors:
+        if name in wanted and name not in tensors:
             raise ValueError(f"no {name} among {', '.join(tensors) or 'the tensors'}")
     if processor is not None and tiles is not None:
         raise ValueError("the processor tells how pictures are cut: give it or tiles, not both")
@@ -216,11 +229,11 @@ def _assemble(
             f"given: {', '.join(tensors)}"
         )
     # in the order of the table, whatever order they came in
-    tensors = {n: tensors[n] for n in (*family.COMMON, *family.inputs) if n in tensors}
+    tensors = {n: tensors[n] for n in family.takes if n in tensors}
     layouts = family.layout(config, processor, tensors, sizes, tiles)
-    grids = build_grids(ids.cpu().numpy(), config.image_token_id, layouts)
+    grids = build_grids(ids.cpu().numpy(), getattr(config, "image_token_id", None), layouts)
     # the tokenizer knows better: a text model's configuration may have its class's default
-    knows = getattr(processor, "tokenizer", None) or config.get_text_config()
+    knows = getattr(processor, "tokenizer", processor) or config.get_text_config()
     bos = getattr(knows, "bos_token_id", None)
     return Inputs(tensors, grids.llm, prompts, grids.vision, grids.adapter, bos)
 

@@ -20,6 +20,7 @@ from interp import attention, points
 from interp.dims import Dims
 from interp.errors import NotHere
 from interp.families import family_of
+from interp.families.text import LanguageHooks
 from interp.hooked import FIRST, Hooked, first_device
 from interp.hooks import Vocabulary
 from interp.inputs import Inputs
@@ -51,7 +52,7 @@ class Instrumented(Hooked, LanguageWeights):
         attn: str = attention.NAME,
         host: Any = None,
     ) -> None:
-        self.family = family_of(module)
+        self.family = family_of(module) if host is None else family_of(module, hosted=True)
         self.family.check(module)
         self.module, self.processor, self.host = module, processor, host
         self.config = module.config
@@ -59,7 +60,8 @@ class Instrumented(Hooked, LanguageWeights):
         self.cfg = Dims.of(module, self.family)
         self.deepstack = self.family.deepstack_reads(self.config)
         n, n_vision = self.cfg.n_layers, self.cfg.n_vision_layers
-        self.hooks = Vocabulary(
+        vocabulary = Vocabulary if self.family.has_vision else LanguageHooks
+        self.hooks = vocabulary(
             n,
             n_vision,
             parts=self.family.language.parts,
@@ -88,10 +90,13 @@ class Instrumented(Hooked, LanguageWeights):
 
     def __repr__(self) -> str:
         c = self.cfg
+        vision = "no vision tower"
+        if self.family.has_vision:
+            vision = f"vision {c.n_vision_layers} layers x {c.n_vision_heads} heads"
+        where = self.host.where if self.host else self.device
         return (
-            f"MLLM({type(self.module).__name__}: vision {c.n_vision_layers} layers x "
-            f"{c.n_vision_heads} heads, LLM {c.n_layers} layers x {c.n_heads} heads, d_model "
-            f"{c.d_model}, {self.dtype}, {self.device})"
+            f"MLLM({type(self.module).__name__}: {vision}, LLM {c.n_layers} layers x "
+            f"{c.n_heads} heads, d_model {c.d_model}, {self.dtype}, {where})"
         )
 
     @property
@@ -128,13 +133,18 @@ class Instrumented(Hooked, LanguageWeights):
         else:
             attention.require(self.module, names)
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the weights are here, and not with a server only."""
+        return self.host is None or not next(self.module.parameters()).is_meta
+
     def require_weights(self, what: str) -> None:
         """Raise for something that needs the weights, if a server has them.
 
         Raises:
             NotHere: naming `what`.
         """
-        if self.host is not None and next(self.module.parameters()).is_meta:
+        if not self.has_weights:
             raise NotHere(
                 f"{what} needs the model's weights here, and {self.host!r} has them: load the "
                 "model without remote="
@@ -144,17 +154,23 @@ class Instrumented(Hooked, LanguageWeights):
 
     @property
     def vision(self) -> VisionWeights:
-        """The vision tower's weights: `model.vision.W_Q`."""
+        """The vision tower's weights: `model.vision.W_Q`.
+
+        Raises:
+            NotMultimodal: a text-only model.
+        """
+        self.family.require_vision()
         return VisionWeights(self.module, self.family, self.cfg)
 
     @property
     def tokenizer(self) -> Any:
-        """The processor's tokenizer.
+        """The processor's tokenizer; of a text-only model the processor is one.
 
         Raises:
             ValueError: the model was loaded without a processor.
         """
-        return self.needed_processor().tokenizer
+        processor = self.needed_processor()
+        return getattr(processor, "tokenizer", processor)
 
     def needed_processor(self) -> Any:
         """The processor, or an error that says how to give one."""

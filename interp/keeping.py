@@ -26,17 +26,23 @@ from interp.pooling import pool
 Keep = Any  # None, "tokens", a ProbeBank, or Callable[[Tensor, HookName], Tensor]
 
 
-def check_keep(keep: Keep, names: list[str]) -> None:
+def check_keep(keep: Keep, model: Hooked, names: list[str]) -> None:
     """Raise for something that says not what to keep.
 
     Args:
         keep: see the module docstring.
+        model: to be run.
         names: hooks that are to be read.
 
     Raises:
         TypeError, ValueError, KeyError: what came, and what would do.
+        NotMultimodal: image tokens of a text-only model.
     """
-    if keep is None or keep == "tokens":
+    if keep is None:
+        return
+    if keep == "tokens" or hasattr(keep, "predict"):
+        model.family.require_vision()
+    if keep == "tokens":
         return
     if hasattr(keep, "predict"):
         for name in names:

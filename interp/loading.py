@@ -21,14 +21,27 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 
 from interp.errors import MissingLibrary, ModelNotFound, NotMultimodal
-from interp.families import family_of
+from interp.families import Family, family_of, remote_hint
 from interp.processing import read_processor
 
 #: models that come with the package
 BUNDLED = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+
+#: transformers' loaders by the task of a family
+AUTO: dict[str, Any] = {
+    "image-text-to-text": AutoModelForImageTextToText,
+    "text-generation": AutoModelForCausalLM,
+}
 
 #: options that say where files come from: for the configuration, the weights and the processor
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
@@ -41,11 +54,13 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     trust_remote_code: bool = False,
+    hosted: bool = False,
     **options: Any,
 ) -> tuple[nn.Module, Any]:
     """The transformers module in eval mode, and its processor (None for a bare module).
 
-    Args: see `MLLM.load`.
+    Args: see `MLLM.load`; `hosted` lets a text-only model through, whose processor is its
+    tokenizer.
 
     Raises:
         ModelNotFound: a path that is not there, or a folder without a model in it.
@@ -55,7 +70,7 @@ def load(
     """
     _check(options, device)
     if isinstance(source, nn.Module):
-        family_of(source)  # refuse early
+        family_of(source, hosted=hosted)  # refuse early
         if options:
             raise ValueError(
                 f"{', '.join(options)}: for a model that is read from files; this is a module in "
@@ -71,10 +86,10 @@ def load(
     where = _locate(name)
     hub = {key: options.pop(key) for key in HUB_OPTIONS if options.get(key) is not None}
     hub["trust_remote_code"] = trust_remote_code
-    config = _read_config(name, where, hub)
+    config, family = _read_config(name, where, hub, hosted)
     if processor is None:  # before the weights, which take longer
-        processor = _read_processor(name, where, config, hub)
-    module = _read_module(name, where, config, device, dtype, {**options, **hub})
+        processor = _read_processor(name, where, config, family, hub)
+    module = _read_module(name, where, config, family, device, dtype, {**options, **hub})
     return module.eval(), processor
 
 
@@ -97,10 +112,9 @@ def load_hosted(
     """
     name = source if isinstance(source, str) else getattr(source, "name_or_path", str(source))
     if weights:
-        module, processor = load(
-            source, processor=processor, trust_remote_code=trust_remote_code, **options
-        )
-        module.set_attn_implementation("sdpa")  # type: ignore[operator]
+        options |= {"processor": processor, "trust_remote_code": trust_remote_code}
+        module, processor = load(source, hosted=True, **options)
+        module.set_attn_implementation(fast_kernel(module))  # type: ignore[operator]
         return module, processor, name
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(
@@ -113,14 +127,21 @@ def load_hosted(
         raise ValueError(
             f"{', '.join(options)}: the server has the weights, and loads them its way"
         )
-    config = _read_config(name, where, hub)
+    config, family = _read_config(name, where, hub, hosted=True)
     if processor is None:
-        processor = _read_processor(name, where, config, hub)
+        processor = _read_processor(name, where, config, family, hub)
     with torch.device("meta"):
-        module = AutoModelForImageTextToText.from_config(
-            config, trust_remote_code=trust_remote_code, attn_implementation="sdpa"
-        )
+        module = AUTO[family.task].from_config(config, trust_remote_code=trust_remote_code)
     return module.eval(), processor, name
+
+
+def fast_kernel(module: nn.Module) -> str:
+    """The fastest of transformers' own kernels that gives a model's numbers.
+
+    Its SDPA function knows no cap on the scores, which Gemma 2 has, alone or behind a vision tower.
+    """
+    parts = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    return "sdpa" if all(part._supports_sdpa for part in parts) else "eager"
 
 
 def _check(options: dict[str, Any], device: Any) -> None:
@@ -172,27 +193,28 @@ def _dtype(dtype: torch.dtype | str) -> torch.dtype:
 # -- a model in files ------------------------------------------------------------------------------
 
 
-def _read_config(name: str, where: str, hub: dict[str, Any]) -> Any:
+def _read_config(name: str, where: str, hub: dict[str, Any], hosted: bool) -> tuple[Any, Family]:
     try:
         config = AutoConfig.from_pretrained(where, **hub)
     except OSError as error:  # transformers' word for every file that is missing or broken
         raise ModelNotFound(f"no model at {name!r}: {error}") from error
     except ValueError as error:  # a model_type it doesn't know, or that wants code from there
         raise NotMultimodal(f"{name!r} is no model that can be loaded here: {error}") from error
-    if not hasattr(config, "vision_config"):
+    if not (hosted or hasattr(config, "vision_config")):
         raise NotMultimodal(
             f"{name!r} is no multimodal LLM: its config (model_type {config.model_type!r}) "
             "has no vision_config. Load a vision-language model, for instance "
             "llava-hf/llava-1.5-7b-hf, or the bundled one with 'tiny'"
+            f"{remote_hint(config.model_type)}"
         )
-    family_of(config)  # before any weights are loaded
-    return config
+    return config, family_of(config, hosted=hosted)  # before any weights are loaded
 
 
 def _read_module(
     name: str,
     where: str,
     config: Any,
+    family: Family,
     device: Any,
     dtype: torch.dtype | str | None,
     options: dict[str, Any],
@@ -202,7 +224,7 @@ def _read_module(
     if quantised and device is not None:  # may be put somewhere only while they are made
         options["device_map"], device = {"": device}, None
     try:
-        module: nn.Module = AutoModelForImageTextToText.from_pretrained(
+        module: nn.Module = AUTO[family.task].from_pretrained(
             where, config=config, dtype="auto" if dtype is None else _dtype(dtype), **options
         )
     except OSError as error:
@@ -227,8 +249,10 @@ def _quantised(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _read_processor(name: str, where: str, config: Any, hub: dict[str, Any]) -> Any:
+def _read_processor(name: str, where: str, config: Any, family: Family, hub: dict[str, Any]) -> Any:
     try:
+        if not family.has_vision:
+            return AutoTokenizer.from_pretrained(where, **hub)
         return read_processor(where, config, **hub)
     except OSError as error:
         raise ModelNotFound(

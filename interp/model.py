@@ -26,7 +26,7 @@ from interp.errors import EditHadNoEffect, HeadError, NotHere, UnknownHook
 from interp.execution import HookFunction, Run, execute
 from interp.generation import Generation, generate
 from interp.hooks import Pattern
-from interp.inputs import Inputs, Picture, from_tensors, prepare
+from interp.inputs import Inputs, Pictures, from_tensors, prepare
 from interp.instrumented import Instrumented
 from interp.keeping import Keep
 from interp.lens.cache import StreamCache
@@ -71,7 +71,8 @@ class MLLM(Instrumented):
                 hooks inside attention do not exist.
             remote: True or "ndif" for NDIF, "http://127.0.0.1:5001" for a server of one's own;
                 these run the model: no weights are loaded here, everything else stays as it is.
-                "local" packs requests the same way and runs them here, on a stock model.
+                "local" packs requests the same way and runs them here, on a stock model. With
+                `remote` the model may be a text-only one.
             allow_host: other servers that are trusted; their results are unpickled, that is, they
                 can run code here.
             transfer: "float16" halves what comes back (`model.host.traffic` states the rounding).
@@ -120,7 +121,7 @@ class MLLM(Instrumented):
 
     def prepare(
         self,
-        image: Picture | Sequence[Picture] | Sequence[Sequence[Picture]],
+        image: Pictures | None,
         text: str | Sequence[str],
         **settings: Any,
     ) -> Inputs:
@@ -128,9 +129,9 @@ class MLLM(Instrumented):
 
         Args:
             image: a PIL image, a uint8 array `[height, width, 3]`, a path; several, one a row; or
-                lists of them, the pictures of each row.
+                lists of them, the pictures of each row. None for a text-only model.
             text: the question, one for all rows or one a row; goes through the chat template
-                unless it already holds the image placeholders.
+                unless it already holds the image placeholders. A text-only model takes it as it is.
             settings: of the image processor, for this call (`do_pan_and_scan=True`).
         """
         processor = self.needed_processor()

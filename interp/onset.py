@@ -131,7 +131,7 @@ class Onset:
         for step in sorted(steps, key=lambda step: step.rank):
             step.act()
         rows.values, rows.calls = {}, {}
-        mask, base = given.inputs[1]["attention_mask"], self.call[1].get("attention_mask")
+        mask, base = as_bool(given.inputs[1]["attention_mask"]), self.call[1].get("attention_mask")
         if base is None:
             base = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril()
         differs = (mask != as_bool(base)).view(torch.uint8)  # whose maximum is faster than any()

@@ -315,13 +315,18 @@ def _plain(module: nn.Module, name: str) -> Tensor:
     """A weight as a plain tensor, without its gradient.
 
     Raises:
-        UnreadableWeight: quantised (its numbers are codes), or on the meta device.
+        UnreadableWeight: quantised (its numbers are codes), or not in this process.
     """
     weight: Tensor = getattr(module, name).detach()
-    if not weight.is_floating_point() or weight.itemsize < 2 or weight.is_meta:
+    if weight.is_meta:
+        raise UnreadableWeight(
+            f"the {name} of a {type(module).__name__} is not in this process: a server has it, or "
+            "it is offloaded; load the model here"
+        )
+    if not weight.is_floating_point() or weight.itemsize < 2:
         raise UnreadableWeight(
             f"the {name} of a {type(module).__name__} is {weight.dtype} {list(weight.shape)} on "
-            f"{weight.device}: quantised or not loaded, so it cannot be read as a matrix; hooks "
+            f"{weight.device}: quantised, so it cannot be read as a matrix; hooks "
             "work on such a model, for weights load it unquantised"
         )
     return weight

@@ -108,7 +108,16 @@ class ProbeMargin(Target):
         at = np.flatnonzero(self.tokens)
         row, position = torch.as_tensor(x.grid.row[at]), torch.as_tensor(x.grid.position[at])
         classes = (torch.as_tensor(self.true[at]), torch.as_tensor(self.confused[at]))
-        direction = self.bank.direction(self.end, *classes).cpu().double()
+        # a row a class, not a direction a token: this is what travels to a server
+        weight_of_class = self.bank.weight(self.end).cpu()
+        true, confused = classes
+        made: list[Tensor] = []
+
+        def direction() -> Tensor:
+            if not made:
+                made.append((weight_of_class[true] - weight_of_class[confused]).double())
+            return made[0]
+
         bias = self.bank.bias(self.end, *classes).cpu().double()
         n = torch.bincount(row, minlength=len(x))
         weight = 1.0 / n.clamp(min=1)[row].double()
@@ -116,11 +125,11 @@ class ProbeMargin(Target):
 
         def of(run: Run) -> Tensor:
             state = run[end][row, position].cpu().double()
-            margin = ((state * direction).sum(-1) + bias) * weight
+            margin = ((state * direction()).sum(-1) + bias) * weight
             return _by_row(margin, row, n_rows).masked_fill(nothing, torch.nan)
 
         def linear(run: Run) -> Linear:
-            return Linear(direction * weight[:, None], _by_row(bias * weight, row, n_rows))
+            return Linear(direction() * weight[:, None], _by_row(bias * weight, row, n_rows))
 
         return Score(f"probe margin at {self.end}", self.end, of, row, position, linear)
 

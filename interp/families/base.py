@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import nn
 
-from interp.errors import NotMultimodal
+from interp.errors import NO_VISION, NotMultimodal
 
 if TYPE_CHECKING:
     from interp.families.layouts import Layout
@@ -163,7 +163,7 @@ class Tower:
         embed: path of the module whose output starts the stack.
         block: names inside a block; where the family takes several kinds of tower, one a
             `model_type` of its sub-configuration.
-        config: name of that sub-configuration.
+        config: name of that sub-configuration; empty where the whole is the tower's.
         rotary: whether queries and keys are rotated by position.
         final_norm: path of the norm behind the last block, where what follows reads it.
         packed: whether all pictures lie in one row, without a batch axis.
@@ -199,7 +199,7 @@ class Tower:
         """This tower with the block that the configuration asks for."""
         if isinstance(self.block, Block):
             return self
-        kind = getattr(config, self.config).model_type
+        kind = (getattr(config, self.config) if self.config else config).model_type
         if kind not in self.block:
             raise NotMultimodal(
                 f"a {family} model whose {self.config} is of type {kind!r}: there are tables for "
@@ -234,6 +234,7 @@ class Family:
         inputs: names of the model inputs that `prepare` passes on, in addition to the common ones.
         needs: those of them without which the family computes something else.
         prefix: whether a picture sees the words behind it, the prompt being one block.
+        task: transformers' word for what such a model does, by which servers load it.
     """
 
     name: str
@@ -250,8 +251,27 @@ class Family:
     inputs: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     prefix: bool = False
+    task: str = "image-text-to-text"
 
-    COMMON: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "pixel_values")
+    @property
+    def has_vision(self) -> bool:
+        """Whether there is a vision tower; if not, `vision`, `adapter` and `layout` are empty."""
+        return bool(self.vision.blocks)
+
+    def require_vision(self) -> None:
+        """Raise for what only a model with a vision tower can do.
+
+        Raises:
+            NotMultimodal: this is a text-only one.
+        """
+        if not self.has_vision:
+            raise NotMultimodal(NO_VISION)
+
+    @property
+    def takes(self) -> tuple[str, ...]:
+        """Names of the model's inputs, in order."""
+        pictures = ("pixel_values",) if self.has_vision else ()
+        return ("input_ids", "attention_mask", *pictures, *self.inputs)
 
     def resolve(self, config: Any) -> Family:
         """The table for one configuration: which blocks its two towers have."""
@@ -264,7 +284,7 @@ class Family:
         Raises:
             NotMultimodal: for instance a model without its language-model head.
         """
-        paths = [self.adapter, self.unembed]
+        paths = [self.adapter, self.unembed]  # an empty one is the model itself, which is there
         for tower in (self.language, self.vision):
             paths += [tower.blocks, tower.embed, *filter(None, [tower.final_norm])]
             paths += [f"{tower.blocks}.0.{path}" for path in tower.names.paths]

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from interp.families import family_of
 from interp.loading import load_hosted
 from interp.remote.address import address
 from interp.remote.host import Host
@@ -20,7 +21,6 @@ from interp.remote.transport import Transport
 
 #: how NDIF names a kind of deployment
 KIND = "nnsight.modeling.transformers.TransformersModel"
-TASK = "image-text-to-text"
 
 
 def connect(
@@ -39,8 +39,7 @@ def connect(
         remote: "local", True or "ndif" for NDIF, or a server's URL.
         allow_host: servers that are trusted beside NDIF's and this machine.
         half: let results travel as float16.
-        limits: how long to try and to wait. On NDIF jobs are asked for by id rather than watched
-            on a websocket, since only such jobs can be picked up again there.
+        limits: how long to try and to wait.
         options: of `interp.loading.load`.
 
     Raises:
@@ -56,9 +55,9 @@ def connect(
     if isinstance(name, str):  # else loading says what is wrong
         require_ready(at, key, name)
     module, processor, name = load_hosted(source, weights=False, **options)
-    about = {"repo_id": name, "revision": options.get("revision"), "task": TASK}
+    task = family_of(module, hosted=True).task
+    about = {"repo_id": name, "revision": options.get("revision"), "task": task}
     if options.get("trust_remote_code"):
         about["trust_remote_code"] = True
-    limits = limits or Limits(watch=at.loopback)
     transport = Transport(at, key, limits=limits, progress=StatusLine())
     return module, processor, Host(f"{KIND}:{json.dumps(about)}", transport, half=half)

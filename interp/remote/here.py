@@ -19,6 +19,7 @@ from nnsight.intervention.serialization import CustomCloudUnpickler
 from nnsight.schema.request import RequestModel
 from nnsight.tracing import tracer as tracing
 
+from interp import errors
 from interp.errors import WouldNotShip
 from interp.remote.payload import OWN, SERVER
 
@@ -87,5 +88,14 @@ def run_here(
     thread.start()
     thread.join()
     if isinstance(came[0], BaseException):
-        raise came[0]
+        raise _as_here(came[0])
     return torch.load(io.BytesIO(came[0]), weights_only=False), len(came[0])
+
+
+def _as_here(error: BaseException) -> BaseException:
+    """An error of this library as the class that it is here; there, its class was made anew."""
+    cls = getattr(errors, type(error).__name__, None)
+    if type(error).__module__ != errors.__name__ or cls is None:
+        return error
+    made: BaseException = cls(str(error))
+    return made.with_traceback(error.__traceback__)

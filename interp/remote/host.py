@@ -18,6 +18,7 @@ from nnsight.tracing.util import push
 
 from interp import errors
 from interp.hooked import Hooked
+from interp.loading import fast_kernel
 from interp.remote.errors import RemoteError
 from interp.remote.here import run_here
 from interp.remote.later import MODE, Sent
@@ -139,7 +140,8 @@ class Sending(Backend):
     """nnsight's way of running a block: elsewhere."""
 
     def __init__(self, host: Host, model: Hooked, attn: str) -> None:
-        self.host, self.model, self.attn = host, model, attn
+        self.host, self.model = host, model
+        self.attn = fast_kernel(model.module) if attn == "sdpa" else attn
 
     def __call__(self, tracer: Any) -> None:
         """Pack the block, have it run, and put what it saved into the caller's frame."""

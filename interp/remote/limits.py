@@ -36,7 +36,8 @@ class Limits:
         unknown: time during which a server may answer that it does not know a job yet.
         result: most bytes of one result, unpacked.
         watch: hold a websocket open while a job runs, as nnsight does. False asks for the status
-            by HTTP: for networks that cut websockets.
+            by HTTP instead, as NDIF keeps it of jobs that nobody watches: these can be asked for
+            again after a lost connection, and be picked up. None watches on this machine only.
         random: source of the jitter.
         clock: seconds, never going back.
         sleep: waits so many seconds.
@@ -52,7 +53,7 @@ class Limits:
     quiet: float = 20.0
     unknown: float = 60.0
     result: int = 8 * 10**9
-    watch: bool = True
+    watch: bool | None = None
     random: random.Random = field(default_factory=random.Random, repr=False)
     clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False)

@@ -29,7 +29,9 @@ import io
 import re
 import sys
 import textwrap
+import time
 import types
+from pathlib import Path
 from typing import Any
 
 import cloudpickle.cloudpickle as cp
@@ -37,7 +39,10 @@ import nnsight
 import zstandard
 from nnsight.intervention.serialization import (
     CustomCloudPickler,
+    _fill,
     _function_referenced_names,
+    _load_function,
+    code_reduce,
     reduce_block,
 )
 from nnsight.ndif import pull_env
@@ -59,6 +64,7 @@ OWN = "interp"
 #: what a function becomes by the two decorators that ship
 MANAGER = contextlib.contextmanager(lambda: iter(())).__code__
 SHIPPED = at_model(lambda model: None).__code__
+SUPER = "super(), and with it the class it was written in"
 #: zstd's; nnsight's client takes the same
 LEVEL = 6
 
@@ -143,17 +149,51 @@ class Payload(CustomCloudPickler):
                     "decorator: do inside it what the decorator does"
                 )
             func = inner
+        if not _as_imported(func):
+            raise WouldNotShip(
+                f"{func.__code__.co_filename} was edited since it was imported, and what ships is "
+                "its text: start anew"
+            )
         if _root(func) == OWN and not _source(func):
             raise WouldNotShip(f"{_name(func)} has no source: bytecode fits one Python only")
-        if _root(func) == OWN:
+        if _root(func) not in SERVER:
             if found := re.search(rf"^\s+(from|import) {OWN}\b.*$", _source(func), re.MULTILINE):
                 raise WouldNotShip(
                     f"{_name(func)} imports inside itself, {found[0].strip()!r}: there it is no "
                     "module; import at the top of the file"
                 )
             if needs := _needs(func):
-                return missing, (_name(func), needs)
-        return CustomCloudPickler._dynamic_function_reduce(self, func)
+                if _root(func) == OWN or needs == SUPER:  # it may be one of many, and not called
+                    return missing, (_name(func), needs)
+                raise WouldNotShip(
+                    f"{_name(func)} needs {needs}, which servers lack: do here what needs it, with "
+                    "what comes back"
+                )
+        if func.__name__ == "<lambda>" or not _source(func):
+            return CustomCloudPickler._dynamic_function_reduce(self, func)
+        return _by_source(func)
+
+
+def _by_source(func: Any) -> tuple[Any, ...]:
+    """What nnsight's pickler makes of a function with a source, which is looked up only once:
+    finding hundreds of them anew would take longer than most jobs."""
+    source, line = _written(func.__code__.co_filename, func.__code__)
+    closure = {}
+    for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
+        with contextlib.suppress(ValueError):  # not bound yet
+            closure[name] = cell.cell_contents
+    source, used, enclosed = code_reduce(
+        textwrap.dedent(source), func.__globals__, closure, function=True
+    )
+    made = (source, func.__name__, func.__defaults__, func.__kwdefaults__, func.__annotations__)
+    return (
+        _load_function,
+        (*made, func.__code__.co_filename, line),
+        {**used, **enclosed},
+        None,
+        None,
+        _fill,
+    )
 
 
 def _model_parts(model: Hooked) -> tuple[Any, ...]:
@@ -161,6 +201,37 @@ def _model_parts(model: Hooked) -> tuple[Any, ...]:
     # where tokens lie was settled here, by code that needs this side's libraries
     family = dataclasses.replace(model.family, layout=None)  # type: ignore[arg-type]
     return model.nn, family, model.hooks, model.cfg, model.vision_reads, model.deepstack
+
+
+#: files that were written after this are not what was imported from them, perhaps
+BEGAN = time.time()
+
+
+def _as_imported(func: Any) -> bool:
+    """Whether a function stands in its file as it was imported from there."""
+    path = Path(func.__code__.co_filename)
+    try:
+        written = path.stat().st_mtime
+        if written < BEGAN:
+            return True
+        return _shape(func.__code__) in _shapes(path, written)
+    except (OSError, SyntaxError):  # no file, as in a notebook; or one in the midst of an edit
+        return not path.is_file()
+
+
+@functools.lru_cache(maxsize=64)
+def _shapes(path: Path, written: float) -> set[tuple[Any, ...]]:
+    """Of all functions in a file."""
+    codes = [compile(path.read_text(), str(path), "exec", dont_inherit=True)]
+    for code in codes:
+        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
+    return set(map(_shape, codes))
+
+
+def _shape(code: types.CodeType) -> tuple[Any, ...]:
+    """What a function's code does, and where it stands."""
+    consts = (_shape(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
+    return code.co_firstlineno, code.co_code, code.co_names, *consts
 
 
 def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bool]]:
@@ -198,9 +269,12 @@ def _generated(value: Any) -> bool:
 def _needs(func: Any) -> str:
     """What a function needs that it will not have there, or nothing."""
     if "__class__" in func.__code__.co_freevars:
-        return "super(), and with it the class it was written in"
+        return SUPER
     source = textwrap.dedent(_source(func))
-    names = _function_referenced_names(source) if source else set()
+    if func.__name__ == "<lambda>":  # whose source is that of the statement around it
+        names = set(func.__code__.co_names)
+    else:
+        names = _function_referenced_names(source) if source else set()
     for name in sorted(names & set(func.__globals__)):
         value = func.__globals__[name]
         if isinstance(value, (types.ModuleType, types.FunctionType, type)):
@@ -250,7 +324,16 @@ def _name(value: Any) -> str:
 
 
 def _source(func: Any) -> str:
+    """As it stands in its file; nothing where it stands in none, as methods of dataclasses."""
+    code = getattr(func, "__code__", None)
+    return "" if code is None else _written(code.co_filename, code)[0]
+
+
+@functools.cache
+def _written(filename: str, code: types.CodeType) -> tuple[str, int]:
+    """The source of a function and the line where it begins; ("", 0) if there is none."""
     try:
-        return inspect.getsource(func)
-    except (OSError, TypeError):  # generated, as those of dataclasses
-        return ""
+        lines, line = inspect.getsourcelines(code)
+    except (OSError, TypeError):
+        return "", 0
+    return "".join(lines), line

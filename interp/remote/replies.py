@@ -122,6 +122,8 @@ def failure(description: str, job: str, host: str) -> JobFailed:
     line = own_line(text)
     if "Traceback" in text:
         end = f"\n\nIn your code: {line}" if line else ""
+    elif text.startswith("JobRefused"):  # the server says why
+        end = ""
     else:
         end = (
             "\n\nThere is no traceback in this, so the job may not be at fault: a worker may have "
@@ -153,11 +155,12 @@ def own_line(traceback: str) -> str:
     standard = Path(sysconfig.get_path("stdlib"))
     found = ""
     for frame in FRAME.finditer(traceback):
-        path = Path(frame["file"])
+        # nnsight names shipped functions "[name:line] path"
+        path = Path(re.sub(r"^\[[^\]]*\] ", "", frame["file"]))
         installed = {"site-packages", "dist-packages"} & set(path.parts)
         if installed or path.is_relative_to(library) or path.is_relative_to(standard):
             continue
-        where = f"{frame['file']}:{frame['line']}"
+        where = f"{path}:{frame['line']}"
         where += f" in {frame['name']}" if frame["name"] else ""
         found = f"{where}: {frame['source'].strip()}" if frame["source"] else where
     return found

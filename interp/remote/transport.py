@@ -79,9 +79,12 @@ class Transport:
             Interrupted: Ctrl-C; the job is left alone.
         """
 
+        watch = self.limits.watch
+        watching = self.address.loopback if watch is None else watch
+
         def go(trip: Trip) -> Reply:
             try:
-                send(trip, model_key, env, blob, watching=self.limits.watch)
+                send(trip, model_key, env, blob, watching=watching)
                 final = follow(trip)
             finally:
                 trip.hang_up()

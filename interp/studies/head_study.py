@@ -171,5 +171,6 @@ def head_study(
     top = table.top(10).to_dict("records")
     folder.write_json("summary.json", {"about": table.about, "top": top})
     data = scenes("test")
-    folder.finish(fingerprints={"model": model.fingerprint(), "test_data": data.fingerprint()})
+    which = model.fingerprint() if model.has_weights else f"hosted: {model.host.key}"
+    folder.finish(fingerprints={"model": which, "test_data": data.fingerprint()})
     return table

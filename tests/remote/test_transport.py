@@ -358,12 +358,12 @@ def test_a_model_that_is_not_hosted_names_those_that_are():
 
 
 def test_versions_that_differ_come_with_the_command():
-    there = {"python_version": "3.10.1", "packages": {"nnsight": "0.7.2", "transformers": "5.0.0"}}
+    there = {"python_version": "2.7.1", "packages": {"nnsight": "0.7.2", "transformers": "5.0.0"}}
     script = Scripted(posts=[(400, "client version is incompatible")], env=there)
     with playing(script), pytest.raises(VersionsDiffer) as caught:
         run(script)
     assert 'pip install "nnsight==0.7.2" "transformers==5.0.0"' in str(caught.value)
-    assert "Python 3.10" in str(caught.value)
+    assert "Python 2.7" in str(caught.value)
 
 
 @pytest.mark.parametrize(("key", "error"), [(None, NoKey), ("another-key", WrongKey)])
