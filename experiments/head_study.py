@@ -31,7 +31,6 @@ def main(
     bank = fit_bank(probe, probe.read(stages), scenes("probe").classes)
     study: Any = (vlm, test.batches, bank)
     asked: dict[str, Any] = {"labels": test.labels, "sources": "same-region correct"}
-
     for method in ("direct", "gradient", "exact"):
         print(f"{method}: {head_attribution(*study, method=method, dry_run=True, **asked)}")
     exact = head_attribution(*study, method="exact", **asked)

@@ -107,10 +107,12 @@ class ProbeMargin(Target):
                 )
         at = np.flatnonzero(self.tokens)
         row, position = torch.as_tensor(x.grid.row[at]), torch.as_tensor(x.grid.position[at])
-        classes = (torch.as_tensor(self.true[at]), torch.as_tensor(self.confused[at]))
-        # a row a class, not a direction a token: this is what travels to a server
-        weight_of_class = self.bank.weight(self.end).cpu()
-        true, confused = classes
+        classes = [torch.as_tensor(one[at]).long() for one in (self.true, self.confused)]
+        bias = self.bank.bias(self.end, *classes).cpu().double()
+        # a row a class that occurs, not a direction a token: this is what travels to a server
+        used, number = torch.unique(torch.stack(classes), return_inverse=True)
+        weight_of_class = self.bank.weight(self.end).cpu()[used]
+        true, confused = number
         made: list[Tensor] = []
 
         def direction() -> Tensor:
@@ -118,7 +120,6 @@ class ProbeMargin(Target):
                 made.append((weight_of_class[true] - weight_of_class[confused]).double())
             return made[0]
 
-        bias = self.bank.bias(self.end, *classes).cpu().double()
         n = torch.bincount(row, minlength=len(x))
         weight = 1.0 / n.clamp(min=1)[row].double()
         nothing, end, n_rows = n == 0, self.end, len(x)  # so that the probes do not travel along

@@ -21,7 +21,7 @@ from nnsight.tracing import tracer as tracing
 
 from interp import errors
 from interp.errors import WouldNotShip
-from interp.remote.payload import OWN, SERVER
+from interp.remote.lacking import OWN, SERVER
 
 
 class Unpacked(CustomCloudUnpickler):

@@ -16,7 +16,7 @@ this library, and finds what a server would choke on *here*, before anything is 
 * an import of this library inside a function, and as values modules that servers lack, raise
   `WouldNotShip`, naming them.
 
-What servers have is nnsight's own list and what these packages bring (`SERVER`).
+What servers have, and which source a function has, is decided in `lacking` and `sources`.
 """
 
 from __future__ import annotations
@@ -24,47 +24,38 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import io
 import re
-import sys
-import textwrap
-import time
 import types
-from pathlib import Path
 from typing import Any
 
 import cloudpickle.cloudpickle as cp
 import nnsight
 import zstandard
-from nnsight.intervention.serialization import (
-    CustomCloudPickler,
-    _fill,
-    _function_referenced_names,
-    _load_function,
-    code_reduce,
-    reduce_block,
-)
-from nnsight.ndif import pull_env
+from nnsight.intervention.serialization import CustomCloudPickler, reduce_block
 
 from interp.cells import CellGrid
 from interp.errors import WouldNotShip
 from interp.hooked import Hooked
+from interp.remote.lacking import (
+    OWN,
+    SERVER,
+    SUPER,
+    foreign_base,
+    installed,
+    is_users,
+    name_of,
+    needs_of,
+    root_of,
+)
+from interp.remote.sources import as_imported, by_source, generated, source_of
 from interp.remote.there import cached, fill_dataclass, hooked, missing, new_class
 from interp.shipping import at_model
 from interp.tokens import TokenGrid
 
-#: packages that are on a server: nnsight's list, and what they are made of
-SERVER = {
-    "torch", "numpy", "transformers", "accelerate", "diffusers", "einops", "peft", "nnsight",
-    "tokenizers", "safetensors", "huggingface_hub", "PIL", "cloudpickle", "pydantic", "tqdm",
-    *sys.stdlib_module_names,
-}  # fmt: skip
-OWN = "interp"
 #: what a function becomes by the two decorators that ship
 MANAGER = contextlib.contextmanager(lambda: iter(())).__code__
 SHIPPED = at_model(lambda model: None).__code__
-SUPER = "super(), and with it the class it was written in"
 #: zstd's; nnsight's client takes the same
 LEVEL = 6
 
@@ -79,7 +70,6 @@ def pack_block(tracer: Any, model: Hooked) -> bytes:
         WouldNotShip: something that a server cannot run.
     """
     nnsight.register(OWN)
-    pull_env()  # modules beside the user's script
     frame = tracer.info.frame
     local = dict(frame.f_locals)
     source, used_globals, used_locals = reduce_block(tracer.node, frame.f_globals, local)
@@ -116,8 +106,8 @@ class Payload(CustomCloudPickler):
             return CellGrid, tuple(getattr(obj, f.name) for f in dataclasses.fields(CellGrid))
         if isinstance(obj, functools.cached_property):  # holds a lock
             return cached, (obj.func, obj.attrname)
-        if isinstance(obj, types.ModuleType) and _root(obj) not in SERVER:
-            if _installed(_root(obj)):
+        if isinstance(obj, types.ModuleType) and root_of(obj) not in SERVER:
+            if installed(root_of(obj)):
                 raise WouldNotShip(
                     f"the library {obj.__name__}, which servers lack: do here what needs it, with "
                     "what comes back"
@@ -126,74 +116,52 @@ class Payload(CustomCloudPickler):
                 f"the module {obj.__name__} as a value, which servers lack: import by name what "
                 "is used of it, and that is sent"
             )
-        if isinstance(obj, (types.FunctionType, type)) and _users(obj):
+        if isinstance(obj, (types.FunctionType, type)) and is_users(obj):
             if isinstance(obj, type):
                 return cp._dynamic_class_reduce(obj)
             return self._dynamic_function_reduce(obj)
-        if isinstance(obj, type) and _root(obj) == OWN:
-            if base := _foreign_base(obj):
-                raise WouldNotShip(f"class {_name(obj)} is a {base}, which servers lack")
+        if isinstance(obj, type) and root_of(obj) == OWN:
+            if base := foreign_base(obj):
+                raise WouldNotShip(f"class {name_of(obj)} is a {base}, which servers lack")
             if dataclasses.is_dataclass(obj) and "__dataclass_fields__" in vars(obj):
                 bare = (obj.__name__, obj.__qualname__, obj.__module__, obj.__bases__)
                 return new_class, bare, _dataclass_parts(obj), None, None, fill_dataclass
         return CustomCloudPickler.reducer_override(self, obj)
 
     def _dynamic_function_reduce(self, func: Any) -> Any:
-        if (inner := getattr(func, "__wrapped__", None)) is not None and _source(inner):
+        if (inner := getattr(func, "__wrapped__", None)) is not None and source_of(inner):
             # only the source of what is inside would go, and the decorator be lost
             if func.__code__ is MANAGER:
                 return contextlib.contextmanager, (inner,)
             if func.__code__ is not SHIPPED:
                 raise WouldNotShip(
-                    f"{_name(func)} is decorated, and what ships is the source below the "
+                    f"{name_of(func)} is decorated, and what ships is the source below the "
                     "decorator: do inside it what the decorator does"
                 )
             func = inner
-        if not _as_imported(func):
+        if not as_imported(func):
             raise WouldNotShip(
                 f"{func.__code__.co_filename} was edited since it was imported, and what ships is "
                 "its text: start anew"
             )
-        if _root(func) == OWN and not _source(func):
-            raise WouldNotShip(f"{_name(func)} has no source: bytecode fits one Python only")
-        if _root(func) not in SERVER:
-            if found := re.search(rf"^\s+(from|import) {OWN}\b.*$", _source(func), re.MULTILINE):
+        if root_of(func) == OWN and not source_of(func):
+            raise WouldNotShip(f"{name_of(func)} has no source: bytecode fits one Python only")
+        if root_of(func) not in SERVER:
+            if found := re.search(rf"^\s+(from|import) {OWN}\b.*$", source_of(func), re.MULTILINE):
                 raise WouldNotShip(
-                    f"{_name(func)} imports inside itself, {found[0].strip()!r}: there it is no "
+                    f"{name_of(func)} imports inside itself, {found[0].strip()!r}: there it is no "
                     "module; import at the top of the file"
                 )
-            if needs := _needs(func):
-                if _root(func) == OWN or needs == SUPER:  # it may be one of many, and not called
-                    return missing, (_name(func), needs)
+            if needs := needs_of(func):
+                if root_of(func) == OWN or needs == SUPER:  # it may be one of many, and not called
+                    return missing, (name_of(func), needs)
                 raise WouldNotShip(
-                    f"{_name(func)} needs {needs}, which servers lack: do here what needs it, with "
-                    "what comes back"
+                    f"{name_of(func)} needs {needs}, which servers lack: do here what needs it, "
+                    "with what comes back"
                 )
-        if func.__name__ == "<lambda>" or not _source(func):
+        if func.__name__ == "<lambda>" or not source_of(func):
             return CustomCloudPickler._dynamic_function_reduce(self, func)
-        return _by_source(func)
-
-
-def _by_source(func: Any) -> tuple[Any, ...]:
-    """What nnsight's pickler makes of a function with a source, which is looked up only once:
-    finding hundreds of them anew would take longer than most jobs."""
-    source, line = _written(func.__code__.co_filename, func.__code__)
-    closure = {}
-    for name, cell in zip(func.__code__.co_freevars, func.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # not bound yet
-            closure[name] = cell.cell_contents
-    source, used, enclosed = code_reduce(
-        textwrap.dedent(source), func.__globals__, closure, function=True
-    )
-    made = (source, func.__name__, func.__defaults__, func.__kwdefaults__, func.__annotations__)
-    return (
-        _load_function,
-        (*made, func.__code__.co_filename, line),
-        {**used, **enclosed},
-        None,
-        None,
-        _fill,
-    )
+        return by_source(func)
 
 
 def _model_parts(model: Hooked) -> tuple[Any, ...]:
@@ -201,37 +169,6 @@ def _model_parts(model: Hooked) -> tuple[Any, ...]:
     # where tokens lie was settled here, by code that needs this side's libraries
     family = dataclasses.replace(model.family, layout=None)  # type: ignore[arg-type]
     return model.nn, family, model.hooks, model.cfg, model.vision_reads, model.deepstack
-
-
-#: files that were written after this are not what was imported from them, perhaps
-BEGAN = time.time()
-
-
-def _as_imported(func: Any) -> bool:
-    """Whether a function stands in its file as it was imported from there."""
-    path = Path(func.__code__.co_filename)
-    try:
-        written = path.stat().st_mtime
-        if written < BEGAN:
-            return True
-        return _shape(func.__code__) in _shapes(path, written)
-    except (OSError, SyntaxError):  # no file, as in a notebook; or one in the midst of an edit
-        return not path.is_file()
-
-
-@functools.lru_cache(maxsize=64)
-def _shapes(path: Path, written: float) -> set[tuple[Any, ...]]:
-    """Of all functions in a file."""
-    codes = [compile(path.read_text(), str(path), "exec", dont_inherit=True)]
-    for code in codes:
-        codes += [const for const in code.co_consts if isinstance(const, types.CodeType)]
-    return set(map(_shape, codes))
-
-
-def _shape(code: types.CodeType) -> tuple[Any, ...]:
-    """What a function's code does, and where it stands."""
-    consts = (_shape(c) if isinstance(c, types.CodeType) else repr(c) for c in code.co_consts)
-    return code.co_firstlineno, code.co_code, code.co_names, *consts
 
 
 def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bool]]:
@@ -243,7 +180,7 @@ def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], di
     body = {
         name: value
         for name, value in vars(cls).items()
-        if name not in made | {field.name for field in fields} and not _generated(value)
+        if name not in made | {field.name for field in fields} and not generated(value)
     }
     # `MISSING` is one object a process, and is left out
     keys = ("default", "default_factory", "init", "repr", "hash", "compare", "kw_only")
@@ -257,83 +194,3 @@ def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], di
         for name in ("init", "repr", "eq", "order", "unsafe_hash", "frozen")
     }
     return body, told, options
-
-
-def _generated(value: Any) -> bool:
-    """Whether a method is one that `dataclass` wrote."""
-    inner = getattr(value, "__wrapped__", value)
-    return isinstance(inner, types.FunctionType) and not _source(inner)
-
-
-@functools.cache
-def _needs(func: Any) -> str:
-    """What a function needs that it will not have there, or nothing."""
-    if "__class__" in func.__code__.co_freevars:
-        return SUPER
-    source = textwrap.dedent(_source(func))
-    if func.__name__ == "<lambda>":  # whose source is that of the statement around it
-        names = set(func.__code__.co_names)
-    else:
-        names = _function_referenced_names(source) if source else set()
-    for name in sorted(names & set(func.__globals__)):
-        value = func.__globals__[name]
-        if isinstance(value, (types.ModuleType, types.FunctionType, type)):
-            root = _root(value)
-            if root == OWN and isinstance(value, type) and _foreign_base(value):
-                return f"{_foreign_base(value)}"
-            if root not in SERVER and root not in (OWN, "__main__") and _installed(root):
-                return root
-            if isinstance(value, type) and root in SERVER and not _found(value):
-                return value.__qualname__
-    return ""
-
-
-def _foreign_base(cls: type) -> str:
-    """A base of a class of this library that servers lack, or nothing."""
-    for base in cls.__mro__:
-        if _root(base) not in SERVER | {OWN, "__main__"}:
-            return f"{base.__module__}.{base.__qualname__}"
-    return ""
-
-
-def _root(value: Any) -> str:
-    if isinstance(value, types.ModuleType):
-        return value.__name__.partition(".")[0]
-    return str(getattr(value, "__module__", "") or "").partition(".")[0]
-
-
-def _installed(root: str) -> bool:
-    """Whether a module is an installed library; others are a user's own, and are shipped."""
-    module = sys.modules.get(root)
-    return "site-packages" in (getattr(module, "__file__", None) or "")
-
-
-def _users(value: Any) -> bool:
-    """Whether a function or class is of a user's own files, which servers lack."""
-    root = _root(value)
-    return root not in SERVER | {OWN, "__main__", ""} and not _installed(root)
-
-
-def _found(cls: type) -> bool:
-    """Whether a class is where it says it is; some of compiled libraries are not."""
-    return getattr(sys.modules.get(cls.__module__), cls.__name__, None) is cls
-
-
-def _name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
-
-
-def _source(func: Any) -> str:
-    """As it stands in its file; nothing where it stands in none, as methods of dataclasses."""
-    code = getattr(func, "__code__", None)
-    return "" if code is None else _written(code.co_filename, code)[0]
-
-
-@functools.cache
-def _written(filename: str, code: types.CodeType) -> tuple[str, int]:
-    """The source of a function and the line where it begins; ("", 0) if there is none."""
-    try:
-        lines, line = inspect.getsourcelines(code)
-    except (OSError, TypeError):
-        return "", 0
-    return "".join(lines), line

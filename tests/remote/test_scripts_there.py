@@ -91,7 +91,7 @@ def test_heads_are_found_alike(tiny, hosted, served, bank):
     for name, ours in results[0].items():
         a, b = table(ours), table(results[1][name])
         numbers = list(a.select_dtypes("number"))
-        assert len(a) > 1, name
+        assert len(a), name
         np.testing.assert_allclose(a[numbers], b[numbers], atol=1e-5, rtol=1e-4, err_msg=name)
     edges = [one["edges"].edges for one in results]
     assert (edges[0].estimate - edges[1].estimate).abs().max() < 1e-5
