@@ -6,9 +6,10 @@
     run = pick_up(job.id, model.run, x, Knockout(edges))            # from any process
 
 Two halves meet in `host`. One says *what* travels: `payload` packs a call with the code it needs
-(`sources`), unless a server could not run it (`lacking`); `there` holds what begins and ends it on the server, `here` plays the server in this process. The
-other knows *how*: `transport` and what it is made of send it once and only once, `keys` and
-`address` decide who is talked to. `later` leaves calls and picks them up.
+(`sources`), unless a server could not run it (`lacking`); `there` holds what begins and ends it on
+the server, `here` plays the server in this process. The other knows *how*: `transport` and what it
+is made of send it once and only once, `keys` and `address` decide who is talked to. `later` leaves
+calls and picks them up.
 """
 
 from interp.remote.errors import RemoteError
