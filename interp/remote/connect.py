@@ -17,6 +17,7 @@ from interp.remote.keys import find_key
 from interp.remote.limits import Limits
 from interp.remote.progress import StatusLine
 from interp.remote.ready import require_ready
+from interp.remote.server import ServerStatus
 from interp.remote.transport import Transport
 
 #: how NDIF names a kind of deployment
@@ -52,12 +53,22 @@ def connect(
     at = address(True if remote == "ndif" else remote, allow_host)
     key = find_key(at)
     name = os.fspath(source) if isinstance(source, os.PathLike) else source
-    if isinstance(name, str):  # else loading says what is wrong
-        require_ready(at, key, name)
+    # else loading says what is wrong
+    found = require_ready(at, key, name) if isinstance(name, str) else None
     module, processor, name = load_hosted(source, weights=False, **options)
+    transport = Transport(at, key, limits=limits, progress=StatusLine())
     task = family_of(module, hosted=True).task
-    about = {"repo_id": name, "revision": options.get("revision"), "task": task}
+    return module, processor, Host(_model_key(found, name, task, options), transport, half=half)
+
+
+def _model_key(found: ServerStatus | None, name: str, task: str, options: dict[str, Any]) -> str:
+    """What a server knows a model by: as it says itself, else as nnsight's client would say it."""
+    revision = options.get("revision")
+    for model in found.models if found else ():
+        same = model.repo_id.casefold() == name.casefold() and model.task in (task, "")
+        if same and model.revision == (revision or "main") and model.model_key.startswith(KIND):
+            return model.model_key
+    about: dict[str, Any] = {"repo_id": name, "revision": revision}
     if options.get("trust_remote_code"):
         about["trust_remote_code"] = True
-    transport = Transport(at, key, limits=limits, progress=StatusLine())
-    return module, processor, Host(f"{KIND}:{json.dumps(about)}", transport, half=half)
+    return f"{KIND}:{json.dumps(about | {'task': task})}"
