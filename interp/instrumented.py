@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import nnsight
@@ -25,7 +25,7 @@ from interp.hooked import FIRST, Hooked, first_device
 from interp.hooks import Vocabulary
 from interp.inputs import Inputs
 from interp.stock import lacking, require_stock
-from interp.weights import LanguageWeights, VisionWeights
+from interp.weights import BlockWeights, LanguageWeights, VisionWeights
 
 
 class Traced(nnsight.NNsight):
@@ -135,8 +135,9 @@ class Instrumented(Hooked, LanguageWeights):
 
     @property
     def has_weights(self) -> bool:
-        """Whether the weights are here, and not with a server only."""
-        return self.host is None or not next(self.module.parameters()).is_meta
+        """Whether the weights are here. Not with `remote="local"` either, lest what works there
+        fail on a server."""
+        return self.host is None
 
     def require_weights(self, what: str) -> None:
         """Raise for something that needs the weights, if a server has them.
@@ -149,6 +150,12 @@ class Instrumented(Hooked, LanguageWeights):
                 f"{what} needs the model's weights here, and {self.host!r} has them: load the "
                 "model without remote="
             )
+
+    @property
+    def blocks(self) -> Sequence[BlockWeights]:
+        """Weights of the language model block by block: `blocks[3].attn.W_O`."""
+        self.require_weights("a weight")
+        return LanguageWeights.blocks.fget(self)  # type: ignore[attr-defined]
 
     # -- weights and such --------------------------------------------------------------------------
 

@@ -89,6 +89,7 @@ class MLLM(Instrumented):
             raise ValueError(f'transfer={transfer!r}; "float32" or "float16"')
         if not remote:
             given = {"allow_host": allow_host, "transfer": transfer != "float32"}
+            given["limits"] = options.pop("limits", None)
             for name in [name for name, value in given.items() if value]:
                 raise ValueError(f"{name}= is about remote models, and remote= is not given")
             module, found = load(

@@ -30,6 +30,8 @@ def at_model(function: Callable[P, T]) -> Callable[P, T]:
 
     @functools.wraps(function)
     def where_the_model_is(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            raise TypeError(f"{function.__qualname__}: the model comes first, and by position")
         model, *rest = args
         if model.host is None:
             return function(*args, **kwargs)

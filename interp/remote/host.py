@@ -19,6 +19,7 @@ from nnsight.tracing.util import push
 from interp import errors
 from interp.hooked import Hooked
 from interp.loading import fast_kernel
+from interp.remote.asked import what_was_asked
 from interp.remote.errors import RemoteError
 from interp.remote.here import run_here
 from interp.remote.later import MODE, Sent
@@ -98,10 +99,13 @@ class Host:
             RemoteError: what went wrong on the way (`interp.remote.errors`).
         """
         attn = kwargs.get("attn", "sdpa")
-        of = f"{function.__module__}.{function.__qualname__}"
+        of = what_was_asked(function, args, kwargs)
         answer = _asked(Sending(self, model, attn), of, function, model, args, kwargs, self.half)
         if answer["of"] != of:
-            raise RemoteError(f"the job picked up answers {answer['of']}, and asked is {of}")
+            raise RemoteError(
+                f"the job answers another call ({answer['of']}) than this one ({of}): pick it up "
+                "with the function and the arguments that were submitted"
+            )
         if "error" in answer:
             kind, message, notes = answer["error"]
             error = getattr(errors, kind, errors.InterpError)(message)

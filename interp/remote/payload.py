@@ -116,6 +116,9 @@ class Payload(CustomCloudPickler):
                 f"the module {obj.__name__} as a value, which servers lack: import by name what "
                 "is used of it, and that is sent"
             )
+        mine = isinstance(obj, type) and (is_users(obj) or root_of(obj) == "__main__")
+        if mine and "__dataclass_fields__" in vars(obj):
+            return _dataclass(obj)
         if isinstance(obj, (types.FunctionType, type)) and is_users(obj):
             if isinstance(obj, type):
                 return cp._dynamic_class_reduce(obj)
@@ -123,9 +126,8 @@ class Payload(CustomCloudPickler):
         if isinstance(obj, type) and root_of(obj) == OWN:
             if base := foreign_base(obj):
                 raise WouldNotShip(f"class {name_of(obj)} is a {base}, which servers lack")
-            if dataclasses.is_dataclass(obj) and "__dataclass_fields__" in vars(obj):
-                bare = (obj.__name__, obj.__qualname__, obj.__module__, obj.__bases__)
-                return new_class, bare, _dataclass_parts(obj), None, None, fill_dataclass
+            if "__dataclass_fields__" in vars(obj):
+                return _dataclass(obj)
         return CustomCloudPickler.reducer_override(self, obj)
 
     def _dynamic_function_reduce(self, func: Any) -> Any:
@@ -169,6 +171,11 @@ def _model_parts(model: Hooked) -> tuple[Any, ...]:
     # where tokens lie was settled here, by code that needs this side's libraries
     family = dataclasses.replace(model.family, layout=None)  # type: ignore[arg-type]
     return model.nn, family, model.hooks, model.cfg, model.vision_reads, model.deepstack
+
+
+def _dataclass(cls: Any) -> tuple[Any, ...]:
+    bare = (cls.__name__, cls.__qualname__, cls.__module__, cls.__bases__)
+    return new_class, bare, _dataclass_parts(cls), None, None, fill_dataclass
 
 
 def _dataclass_parts(cls: Any) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, bool]]:

@@ -6,6 +6,8 @@ unpickled as nnsight does, so only those of a host that `interp.remote.address` 
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import io
 import re
 import sysconfig
@@ -17,6 +19,7 @@ from urllib.parse import urljoin, urlsplit
 import torch
 import zstandard
 
+from interp import errors
 from interp.remote.address import Address, is_loopback
 from interp.remote.errors import BadReply, JobFailed, TooLarge, UntrustedHost
 from interp.remote.progress import size
@@ -130,12 +133,34 @@ def failure(description: str, job: str, host: str) -> JobFailed:
             "died, or the server have been started anew. It was not run again by itself, since it "
             "may have been the job that did it. To try once more, run it again."
         )
-    return JobFailed(
+    return _failed_as(text)(
         f"job {job} failed on {host}:\n{text}{end}",
         job=job,
         remote_traceback=description,
         line=line,
     )
+
+
+def _failed_as(text: str) -> type[JobFailed]:
+    """`JobFailed`, and also the class of the error there, so that `except ValueError` goes on
+    working; by the name in the last line that begins with one."""
+    names = re.findall(r"^(?:\w+\.)*([A-Z]\w*)(?::|$)", text, re.MULTILINE)
+    for name in reversed(names):
+        cls = getattr(errors, name, None) or getattr(builtins, name, None)
+        if isinstance(cls, type) and issubclass(cls, Exception):
+            with contextlib.suppress(TypeError):  # some cannot be had in one object
+                return type("JobFailed", (JobFailed, cls), {"__reduce__": _reduced})
+            break
+    return JobFailed
+
+
+def _reduced(error: JobFailed) -> tuple[Any, ...]:
+    """For pickle, which does not find a class that was made here."""
+    return _again, (str(error), error.job, error.remote_traceback, error.line)
+
+
+def _again(text: str, job: str, traceback: str, line: str) -> JobFailed:
+    return _failed_as(traceback)(text, job=job, remote_traceback=traceback, line=line)
 
 
 FRAME = re.compile(

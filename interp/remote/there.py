@@ -82,7 +82,7 @@ def answered(
     """What a function returns, ready to travel; or the error of this library that it raised.
 
     Args:
-        of: the function's name, which it has lost on the way.
+        of: what was asked, which an answer picked up later is known by.
         function: an `at_model` function, unwrapped.
         model: on this server.
         args, kwargs: the rest of its arguments.
@@ -121,7 +121,7 @@ def travelling(value: Any, half: bool, rounding: list[float]) -> Any:
         if half and value.dtype == torch.float32 and value.numel() > 1:
             small = value.half()
             size, error = float(value.norm()), float((small.float() - value).norm())
-            if math.isfinite(error) and size > 0:
+            if math.isfinite(error) and size > 0 and error / size < 1e-2:  # else nothing is left
                 rounding[0] = max(rounding[0], error / size)
                 value = small
         # a view would take all that it is a view of along

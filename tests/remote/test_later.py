@@ -107,8 +107,12 @@ def test_another_process(slow, load_from, x, asked):
 
 def test_a_job_of_another_call_is_told(served, hosted, x):
     job = submit(hosted.run, x, read=READ)
-    with pytest.raises(RemoteError, match=r"answers interp\.execution\._execute, and asked is"):
+    with pytest.raises(RemoteError, match=r"another call \(interp\.execution\._execute"):
         pick_up(job.id, hosted.run_many, x, [[]])
+    with pytest.raises(
+        RemoteError, match="another call"
+    ):  # the function is right, what it reads not
+        pick_up(job.id, hosted.run, x, read="blocks.0.hook_resid_pre")
     right_kind = job.result()
     assert list(right_kind) == [READ]
     assert served.executed[job.id] == 1

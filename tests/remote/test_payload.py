@@ -119,3 +119,26 @@ def test_a_file_that_was_edited_since_is_refused(mine):
     os.utime(path, (future, future))
     with pytest.raises(WouldNotShip, match="edited since"):
         payload.dumps(module.twice)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mine:
+    """A user's dataclass, as one may stand beside a hook function."""
+
+    by: float
+    names: list[str] = dataclasses.field(default_factory=list)
+
+    def scaled(self, z: torch.Tensor) -> torch.Tensor:
+        return z * self.by
+
+
+def test_a_users_dataclass_ships():
+    model = MLLM.load(random_llava(), remote="local")
+    x, mine = random_inputs(model), Mine(2.0, ["a"])
+    copy = there(mine)
+    assert type(copy) is not Mine
+    assert (repr(copy), copy.names) == (repr(mine), ["a"])
+    hook = "blocks.1.hook_mlp_out"
+    seen = model.run_with_hooks(x, fwd_hooks=[(hook, lambda z, hook: mine.scaled(z))])
+    wanted = model.run_with_hooks(x, fwd_hooks=[(hook, lambda z, hook: z * 2.0)])
+    assert torch.equal(seen, wanted)

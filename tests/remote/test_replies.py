@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import interp
+from interp.errors import EditHadNoEffect, EmptyRow
 from interp.remote.address import Address, address
 from interp.remote.errors import JobFailed, UntrustedHost
 from interp.remote.progress import StatusLine, Update, size
@@ -79,6 +80,28 @@ def test_a_failure_can_be_pickled_and_says_all():
     assert (again.job, again.remote_traceback) == ("j", "Traceback\nValueError: x")
     assert str(again) == "job j failed on here:\nTraceback\nValueError: x"
     assert "gave no reason" in str(failure("  ", "j", "here"))
+
+
+@pytest.mark.parametrize(
+    ("line", "cls"),
+    [
+        ("ValueError: not so", ValueError),
+        ("KeyError: 'a'", KeyError),
+        ("torch.cuda.OutOfMemoryError: much", RuntimeError),
+        ("EditHadNoEffect: 'x' changes nothing", EditHadNoEffect),
+        ("interp.errors.EmptyRow: a query", EmptyRow),
+        ("SystemExit: 3", RuntimeError),
+    ],
+)
+def test_a_failure_is_also_what_was_raised_there(line, cls):
+    """So that `except ValueError` goes on working."""
+    error = failure(f"Traceback (most recent call last):\n  File ...\n{line}", "j", "here")
+    assert isinstance(error, cls)
+    assert isinstance(error, JobFailed)
+    assert not isinstance(error, SystemExit)
+    assert line in str(error)
+    assert error.job == "j"
+    assert isinstance(pickle.loads(pickle.dumps(error)), cls)  # noqa: S301
 
 
 def test_unpacking_holds_its_bound_to_the_byte():
