@@ -9,8 +9,9 @@
 
 A call prepares a request, sends it, and makes something of what comes back. `submit` stops behind
 the sending. `pick_up` makes the same call, with the answer of a job in place of a request; so it
-needs the same call again. That is for calls that are one request: `model.run`, `model.run_many`,
-`run_with_cache`, `run_with_hooks`, or a function of one's own with one trace in it.
+needs the same call again, and is refused with another (`interp.remote.asked`). That is for calls
+that are one request: `model.run`, `model.run_many`, `run_with_cache`, `run_with_hooks`, or a
+function of one's own with one trace in it.
 """
 
 from __future__ import annotations
