@@ -7,6 +7,7 @@ decided in the forward pass, so that the rest is neither held nor sent back from
 |---|---|
 | None | the state |
 | "tokens" | one vector an image token, `[n_images, n_tokens, d]` (`interp.pooling`) |
+| "flat" | the same in one row, `[n_tokens of all images, d]`, also where grids differ |
 | a `ProbeBank` | the class its probe reads at each image token, `[n_images, n_tokens]` int64 |
 | a function | `fn(state, hook)`, like those of `run_with_hooks`: `lambda z, hook: z[:, -1]` |
 """
@@ -21,9 +22,9 @@ from torch import Tensor
 from interp.hooked import Hooked
 from interp.hooks import HookName
 from interp.inputs import Inputs
-from interp.pooling import pool
+from interp.pooling import pool, pool_flat
 
-Keep = Any  # None, "tokens", a ProbeBank, or Callable[[Tensor, HookName], Tensor]
+Keep = Any  # None, "tokens", "flat", a ProbeBank, or Callable[[Tensor, HookName], Tensor]
 
 
 def check_keep(keep: Keep, model: Hooked, names: list[str]) -> None:
@@ -40,17 +41,18 @@ def check_keep(keep: Keep, model: Hooked, names: list[str]) -> None:
     """
     if keep is None:
         return
-    if keep == "tokens" or hasattr(keep, "predict"):
+    if keep in ("tokens", "flat") or hasattr(keep, "predict"):
         model.family.require_vision()
-    if keep == "tokens":
+    if keep in ("tokens", "flat"):
         return
     if hasattr(keep, "predict"):
         for name in names:
             keep.weight(name)  # raises, naming the stages that there are
     elif isinstance(keep, str):
-        raise ValueError(f'keep={keep!r}; "tokens", a ProbeBank or a function would do')
+        raise ValueError(f'keep={keep!r}; "tokens", "flat", a ProbeBank or a function would do')
     elif not callable(keep):
-        raise TypeError(f'keep={type(keep).__name__}; "tokens", a ProbeBank or a function would do')
+        kind = type(keep).__name__
+        raise TypeError(f'keep={kind}; "tokens", "flat", a ProbeBank or a function would do')
 
 
 def slim(keep: Keep, names: list[str]) -> Keep:
@@ -69,10 +71,17 @@ def keeper(keep: Keep, model: Hooked, x: Inputs) -> Callable[[Tensor, str], Tens
 
     if keep == "tokens":
         return tokens
+    if keep == "flat":
+
+        def flat(state: Tensor, name: str) -> Tensor:
+            return pool_flat(state, model.grid_of(name, x), x.grid)
+
+        return flat
     if hasattr(keep, "predict"):
 
         def classes(state: Tensor, name: str) -> Tensor:
-            made: Tensor = keep.to(state.device).predict(name, tokens(state, name).float())
+            probe = keep.only([name]).to(state.device)
+            made: Tensor = probe.predict(name, tokens(state, name).float())
             return made
 
         return classes

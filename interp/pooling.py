@@ -31,13 +31,50 @@ def pool(states: Tensor, fine: TokenGrid, coarse: TokenGrid) -> Tensor:
         return states
     if fine.view_image != coarse.view_image or not (fine.uniform and coarse.uniform):
         raise ValueError("grids of different views, or pictures with different grids, do not pool")
+    return _pool(states, *_views(fine, coarse, 0))
+
+
+def pool_flat(state: Tensor, fine: TokenGrid, coarse: TokenGrid) -> Tensor:
+    """The same from a whole state, picture after picture; their grids may differ.
+
+    Args:
+        state: `[batch, pos, ...]` of `fine`.
+        fine: the grid of the state.
+        coarse: the grid wanted.
+
+    Returns:
+        `[n_coarse of all pictures, ...]`, in the order of `coarse`'s tokens.
+    """
+    if fine.uniform and coarse.uniform:
+        return pool(fine.gather(state), fine, coarse).flatten(0, 1)
+    pieces = fine.split(state)
+    if fine.shapes != coarse.shapes:
+        pieces = [
+            _pool(piece[None], *_views(fine, coarse, image))[0]
+            for image, piece in enumerate(pieces)
+        ]
+    return torch.cat(pieces)
+
+
+Shapes = list[tuple[int, int]]
+
+
+def _views(fine: TokenGrid, coarse: TokenGrid, image: int) -> tuple[Shapes, Shapes]:
+    """Shapes of one picture's views in both grids."""
+    if fine.view_image != coarse.view_image:
+        raise ValueError("grids of different views do not pool")
+    own = [view for view, of in enumerate(coarse.view_image) if of == image]
+    return [fine.shapes[view] for view in own], [coarse.shapes[view] for view in own]
+
+
+def _pool(states: Tensor, fine: Shapes, coarse: Shapes) -> Tensor:
+    """`[n_images, n_fine, ...]` to `[n_images, n_coarse, ...]`, view by view."""
     parts, start = [], 0
-    for view in (v for v, image in enumerate(coarse.view_image) if image == 0):
-        rows, cols = fine.shapes[view]
+    for (rows, cols), to in zip(fine, coarse, strict=True):
         part = states[:, start : start + rows * cols].float().unflatten(1, (rows, cols))
         start += rows * cols
-        by_row = _shares(coarse.shapes[view][0], rows).to(states.device)
-        by_col = _shares(coarse.shapes[view][1], cols).to(states.device)
+        by_row = _shares(to[0], rows).to(states.device)
+        by_col = _shares(to[1], cols).to(states.device)
         parts.append(torch.einsum("rR,cC,iRC...->irc...", by_row, by_col, part).flatten(1, 2))
     return torch.cat(parts, dim=1)
 

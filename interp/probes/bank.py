@@ -31,7 +31,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,8 @@ from interp.labels import IGNORE
 from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_logistic
 
 UNSEEN = -1e4  # finite, so that upsampled logits and margins stay numbers, also in bfloat16
-_FORMAT = "interp.ProbeBank/1"
+_FORMAT = "interp.ProbeBank/2"
+_OLDER = "interp.ProbeBank/1"  # one C for all stages
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,9 +65,10 @@ class ProbeBank:
     weights: Mapping[str, Tensor]
     intercepts: Mapping[str, Tensor]
     seen: tuple[bool, ...]
-    C: float
     n_iter: Mapping[str, int]
     converged: Mapping[str, bool]
+    solver: str = "logistic"
+    penalty: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def fit(
@@ -141,7 +143,7 @@ class ProbeBank:
             weights={name: weights[name] for name in features},
             intercepts={name: intercepts[name] for name in features},
             seen=tuple(i in present for i in range(len(classes))),
-            C=float(C),
+            penalty=dict.fromkeys(features, 1.0 / C),
             n_iter={name: n_iter[name] for name in features},
             converged={name: converged[name] for name in features},
         )
@@ -206,6 +208,7 @@ class ProbeBank:
             intercepts={stage: self.intercepts[stage] for stage in stages},
             n_iter={stage: self.n_iter[stage] for stage in stages},
             converged={stage: self.converged[stage] for stage in stages},
+            penalty={s: self.penalty[s] for s in stages if s in self.penalty},
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -224,7 +227,8 @@ class ProbeBank:
             "stages": self.stages,
             "classes": self.classes,
             "seen": self.seen,
-            "C": self.C,
+            "solver": self.solver,
+            "penalty": [self.penalty.get(name) for name in self.stages],
             "n_iter": [self.n_iter[name] for name in self.stages],
             "converged": [self.converged[name] for name in self.stages],
         }
@@ -241,9 +245,10 @@ class ProbeBank:
         """Read a bank that `save` wrote, onto the CPU. `ValueError` if the file is another kind."""
         with safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("interp", "{}"))
-            if about.get("format") != _FORMAT:
+            if about.get("format") not in (_FORMAT, _OLDER):
                 raise ValueError(f"{os.fspath(path)} is not a file that ProbeBank.save wrote")
             stages = tuple(about["stages"])
+            penalty = about.get("penalty") or [1.0 / about["C"]] * len(stages)
             weights = {n: file.get_tensor(f"{i:04d}.weight") for i, n in enumerate(stages)}
             intercepts = {n: file.get_tensor(f"{i:04d}.intercept") for i, n in enumerate(stages)}
         return cls(
@@ -252,7 +257,8 @@ class ProbeBank:
             weights=weights,
             intercepts=intercepts,
             seen=tuple(about["seen"]),
-            C=about["C"],
+            solver=about.get("solver", "logistic"),
+            penalty={name: value for name, value in zip(stages, penalty, strict=True) if value},
             n_iter=dict(zip(stages, about["n_iter"], strict=True)),
             converged=dict(zip(stages, about["converged"], strict=True)),
         )

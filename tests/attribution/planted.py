@@ -240,7 +240,6 @@ def _bank() -> ProbeBank:
         weights=dict.fromkeys(stages, weight),
         intercepts=dict.fromkeys(stages, torch.zeros(len(CLASSES))),
         seen=(True,) * len(CLASSES),
-        C=1.0,
         n_iter=dict.fromkeys(stages, 0),
         converged=dict.fromkeys(stages, True),
     )

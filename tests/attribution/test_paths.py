@@ -304,7 +304,6 @@ def test_the_default_question_on_the_bundled_model(tiny, plain_tiny, x):
         weights=weight,
         intercepts=dict.fromkeys((start, end), torch.zeros(3)),
         seen=(True,) * 3,
-        C=1.0,
         n_iter=dict.fromkeys((start, end), 0),
         converged=dict.fromkeys((start, end), True),
     )

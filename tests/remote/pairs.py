@@ -66,7 +66,6 @@ def random_bank(model: MLLM, stages: Any, *, seed: int = 0) -> ProbeBank:
         weights={s: torch.randn(len(CLASSES), d_model, generator=draw) for s in stages},
         intercepts={s: torch.zeros(len(CLASSES)) for s in stages},
         seen=(True,) * len(CLASSES),
-        C=1.0,
         n_iter=dict.fromkeys(stages, 1),
         converged=dict.fromkeys(stages, True),
     )

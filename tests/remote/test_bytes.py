@@ -96,7 +96,6 @@ def study():
         weights={s: torch.randn(N_CLASSES, D_MODEL, generator=draw) for s in stages},
         intercepts={s: torch.zeros(N_CLASSES) for s in stages},
         seen=(True,) * N_CLASSES,
-        C=1.0,
         n_iter=dict.fromkeys(stages, 1),
         converged=dict.fromkeys(stages, True),
     )

@@ -24,7 +24,7 @@ def test_probes_reach_scikit_learns_accuracy_at_every_stage(base, splits, states
     for stage in base.bank.stages:
         x_fit, x_test = (s[stage].flatten(0, 1).numpy() for s in states)
         scaler = StandardScaler().fit(x_fit)
-        reference = LogisticRegression(C=base.bank.C, max_iter=2000)
+        reference = LogisticRegression(C=1 / base.bank.penalty[stage], max_iter=2000)
         reference.fit(scaler.transform(x_fit), probe.labels.ravel())
         theirs = reference.score(scaler.transform(x_test), test.labels.ravel())
         ours = base.right(stage).mean()
