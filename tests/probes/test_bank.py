@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from sklearn.exceptions import ConvergenceWarning
 
@@ -94,10 +97,24 @@ def test_round_trip_gives_equal_bytes(fitted, tmp_path):
     loaded.save(tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors"]
-    for field in ("stages", "classes", "seen", "C", "n_iter", "converged"):
+    for field in ("stages", "classes", "seen", "solver", "penalty", "n_iter", "converged"):
         assert getattr(loaded, field) == getattr(bank, field)
     for name, x in features.items():
         assert torch.equal(loaded.logits(name, x), bank.logits(name, x))
+
+
+def test_a_file_of_the_first_format_has_one_penalty_for_all(fitted, tmp_path):
+    bank, _, _ = fitted
+    bank.save(tmp_path / "new.safetensors")
+    with safe_open(tmp_path / "new.safetensors", "pt") as file:
+        about = json.loads(file.metadata()["interp"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    del about["penalty"], about["solver"]
+    about |= {"format": "interp.ProbeBank/1", "C": 0.25}
+    save_file(tensors, tmp_path / "old.safetensors", metadata={"interp": json.dumps(about)})
+    old = ProbeBank.load(tmp_path / "old.safetensors")
+    assert (old.solver, set(old.penalty.values())) == ("logistic", {4.0})
+    assert list(old.penalty) == list(bank.stages)
 
 
 def test_a_failed_save_leaves_the_old_file(fitted, tmp_path, monkeypatch):
