@@ -1,7 +1,8 @@
 """Labels of pixels and image tokens, down and up.
 
 Down: `fractions`, `labels` and `purity` look at the pixels whose centres fall into a token's box;
-`of_class` and `regions` select tokens by them. Up: `to_pixels` brings scores of tokens back to the
+`of_class` and `regions` select tokens by them. `warp` is the mask as the model sees the picture,
+model pixel by model pixel. Up: `to_pixels` brings scores of tokens back to the
 picture. Masks are given one a picture, in the size of the *original* picture.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from interp.cells import CellGrid
 from interp.labels import IGNORE
-from interp.pixels import class_counts, paint, spans
+from interp.pixels import class_counts, nearest, paint, spans
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -126,6 +127,32 @@ class LabelGrid(CellGrid):
         height, width = mask.shape
         x0, y0, x1, y1 = spans(self.box[[token]], (width, height))[0]
         return np.asarray(mask[y0:y1, x0:x1], dtype=np.int64).ravel()
+
+    def warp(self, masks: np.ndarray | Sequence[np.ndarray], px: int) -> np.ndarray:
+        """The masks as the model sees the pictures: through the processor's resize, crop, padding
+        and tiles, by nearest neighbour; `[n_tokens, px, px]` int64.
+
+        Entry `[token, row, column]` is the class at the centre of one of the px x px parts of the
+        token's cell. With as many parts as the cell has model pixels (14 for LLaVA's patches of 14;
+        28 for Qwen2-VL's tokens of 2 x 2 such patches, 14 for `x.patches`) each is a model pixel.
+        What the processor added as padding is `IGNORE`; what it cropped away is in no token.
+
+        Args:
+            masks: as in `fractions`.
+            px: parts along each side of a cell; 1 looks at its centre alone.
+
+        Raises:
+            ValueError: no parts, or masks that do not fit.
+
+        Usage: `x.patches.warp(mask, 14)`
+        """
+        if px < 1:
+            raise ValueError(f"px={px} parts of a cell; its model pixels, or 1 for its centre")
+        out = np.empty((len(self), px, px), dtype=np.int64)
+        for image, mask in enumerate(self._masks(masks)):
+            at = self.of_image(image)
+            out[at] = nearest(self.box[at], mask, px)
+        return out
 
     def to_pixels(
         self,

@@ -5,9 +5,11 @@ A box is (left, top, right, bottom) in pixels of a picture, with fractions; pixe
 picture share its pixels out without rest and without overlap. A box smaller than a pixel (an
 enlarged picture) takes the pixel that holds its middle.
 
-`class_counts` counts labels under many boxes at once, without a loop over boxes. `paint` goes the
-other way: every pixel takes its cell's score ("nearest"), or a mixture of the four cells around it
-("bilinear", which is what upsampling a map of logits means).
+`class_counts` counts labels under many boxes at once, without a loop over boxes. `nearest` looks at
+a regular raster of points in each box instead, as a mask is resized together with its picture: no
+two classes are ever mixed to a third. `paint` goes the other way: every pixel takes its cell's
+score ("nearest"), or a mixture of the four cells around it ("bilinear", which is what upsampling a
+map of logits means).
 """
 
 from __future__ import annotations
@@ -64,6 +66,30 @@ def class_counts(boxes: np.ndarray, mask: np.ndarray, n_classes: int) -> np.ndar
     count += labels[pixel]
     counts = np.bincount(count, minlength=len(boxes) * (n_classes + 1))
     return counts.reshape(len(boxes), n_classes + 1)[:, :n_classes]
+
+
+def nearest(boxes: np.ndarray, mask: np.ndarray, n: int) -> np.ndarray:
+    """A mask at the centres of the n x n equal parts of each box, `[n_boxes, n, n]` int64.
+
+    A point takes the pixel that holds it, on the border of two the one on the right or below,
+    whatever the last digit of the box's edge; outside the mask it is `IGNORE`.
+
+    Args:
+        boxes: `[n_boxes, 4]`, in pixels of the mask.
+        mask: `[height, width]` int.
+        n: parts along each side.
+
+    >>> nearest(np.array([[-1, 0, 1, 2]]), np.array([[7, 8], [9, 8]]), 2).tolist()
+    [[[255, 7], [255, 9]]]
+    """
+    height, width = mask.shape
+    share = (np.arange(n) + 0.5) / n
+    low, high = boxes[:, :2, None], boxes[:, 2:, None]
+    at = np.floor(low + (high - low) * share + 1e-6).astype(np.int64)  # [n_boxes, (x, y), n]
+    x, y = at[:, 0, None, :], at[:, 1, :, None]
+    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    found = np.asarray(mask, dtype=np.int64)[y.clip(0, height - 1), x.clip(0, width - 1)]
+    return np.where(inside, found, IGNORE)
 
 
 def paint(

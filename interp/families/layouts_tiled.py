@@ -49,7 +49,8 @@ def anyres(
 ) -> list[Layout]:
     """The whole picture, then its tiles row by row with newline tokens: LLaVA-NeXT and OneVision.
 
-    OneVision takes several pictures of one prompt without tiles, padded to a square.
+    OneVision takes several pictures of one prompt without tiles, padded to a square. Of a picture
+    many times as long as wide no patch of the tiles is left; then it has the view "base" alone.
 
     Raises:
         NotImplementedError: CLS is fed on, which leaves no grid, or a square that is cropped.
@@ -84,7 +85,8 @@ def anyres(
         grid = (canvas.target[Y] // side, canvas.target[X] // side)
         fine = _fine_view(config, canvas, grid, size, (row, n_rows, prefix, first))
         rows, cols = fine.shape
-        out.append(Layout(size, first + rows * (cols + 1), (base, fine)))
+        views = (base, fine) if rows * cols else (base,)
+        out.append(Layout(size, first + rows * (cols + 1), views))
         row += grid[0] * grid[1]
     return out
 
@@ -218,6 +220,9 @@ def _fine_view(
     # which patches are left is the model's own rule, asked with the patches' numbers
     number_of = torch.arange(len(x) * len(y)).reshape(1, len(y), len(x))
     kept = unpad_image(number_of, (size[Y], size[X]))[0].numpy()
+    if not kept.size:  # a view of no tokens: only its newline tokens are counted
+        nowhere = Lattice(kept.shape, np.zeros((0, 4)), np.zeros((0, 2), dtype=int), (0, 0))
+        return View("tiles", kept.shape, nowhere.boxes, nowhere.at[:, 0], nowhere, nowhere)
     columns, lines = kept[0] % len(x), kept[:, 0] // len(x)
 
     def cut(whole: Lattice) -> Lattice:
