@@ -15,8 +15,8 @@ Tokens are numbered view by view, in each of them in raster order, whatever thei
 prompt; every method that takes token numbers counts them inside one image, from 0.
 
 Labels go down onto tokens by looking at the pixels whose centres fall into the box: `labels` takes
-the majority, `fractions` all shares, `purity` tells how mixed a cell is, `warp` is the mask as the model sees it. `to_pixels` brings scores
-of tokens back up to the picture.
+the majority, `fractions` all shares, `purity` tells how mixed a cell is, `warp` is the mask as the
+model sees it. `to_pixels` brings scores of tokens back up to the picture.
 
 Tokens are selected by number, or by a bool array over all of the batch's tokens: `at` (cells),
 `inside` (a box of pixels), `of_class`, `grid.image == 1`, and whatever `&`, `|` and `~` make of
