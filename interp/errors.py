@@ -103,6 +103,10 @@ class TableError(InterpError, ValueError):
     """A table that lacks what is to be computed or drawn from it, or holds what it must not."""
 
 
+class DataWrong(InterpError, ValueError):
+    """A dataset whose folders, files or numbers are not what its layout says, or not there."""
+
+
 class WouldNotShip(InterpError, TypeError):
     """Code or a value that a server could not run or take, found before it is sent."""
 

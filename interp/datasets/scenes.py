@@ -36,7 +36,6 @@ from typing import overload
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from sklearn.datasets import load_digits
 
 CLASSES: tuple[str, ...] = (
     "sea", "lake", "forest", "orchard", "meadow", "field", "desert", "beach", "snow", "cloud",
@@ -247,6 +246,9 @@ def _digits(split: str) -> tuple[NDArray[np.float64], ...]:
 
     Of each digit's samples 70% go to train and 15% each to probe and test.
     """
+    # takes two seconds to import, and who checks a folder of their own needs no digits
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     cut = {"train": (0.0, 0.7), "probe": (0.7, 0.85), "test": (0.85, 1.0)}[split]
     chosen = []

@@ -8,7 +8,14 @@ what `interp.stats.bootstrap` resamples.
 The convention is that of mmsegmentation and DINOv3. Pixels labelled `IGNORE` are dropped. All
 matrices are added up. A class's IoU is its intersection (said and true) over its union (said or
 true). mIoU is the mean over the classes that occur, as truth or as prediction. It is never the
-mean of per-image mIoUs, which would weigh a class by the number of images that hold it.
+mean of per-image mIoUs, which would weigh a class by the number of images that hold it. A class
+that is said but never true counts with IoU 0, and one that is neither is left out; torchmetrics and
+scikit-learn (`average="macro"`, `labels` not given) do the same. Mean accuracy is the mean over the
+classes that are true somewhere, as scikit-learn's balanced accuracy; torchmetrics lets a class that
+is said but never true count with 0 here.
+
+None of these needs the whole matrix. `margins` are what they do need of it, three numbers a class:
+how often it was rightly said, how often it was true, how often it was said. Margins add up, too.
 
 Token and pixel scores differ. A probe speaks once a token, and a token covers many pixels:
 
@@ -48,7 +55,7 @@ def confusion(labels: ArrayLike | Tensor, predictions: ArrayLike | Tensor, n_cla
     >>> confusion([0, 0, 1, 255], [0, 1, 1, 0], 2).tolist()
     [[1, 1], [0, 1]]
     """
-    truth, said = _ints(labels, "labels"), _ints(predictions, "predictions")
+    truth, said = integers(labels, "labels"), integers(predictions, "predictions")
     _same_shape(truth, said)
     one: Ints = confusion_per_image(truth[None], said[None], n_classes)[0]
     return one
@@ -62,7 +69,7 @@ def confusion_per_image(
     >>> confusion_per_image([[0, 1], [1, 1]], [[0, 1], [0, 1]], 2).tolist()
     [[[1, 0], [0, 1]], [[0, 0], [1, 1]]]
     """
-    truth, said = _ints(labels, "labels"), _ints(predictions, "predictions")
+    truth, said = integers(labels, "labels"), integers(predictions, "predictions")
     _same_shape(truth, said)
     if truth.ndim == 0:
         raise ValueError("labels must be [n_images, ...], got one number")
@@ -70,11 +77,22 @@ def confusion_per_image(
     image = np.broadcast_to(np.arange(n).reshape(n, *[1] * (truth.ndim - 1)), truth.shape)
     keep = truth != IGNORE
     truth, said, image = truth[keep], said[keep], image[keep]
-    _inside(truth, n_classes, "labels")
-    _inside(said, n_classes, "predictions")
+    check_classes(truth, n_classes, "labels")
+    check_classes(said, n_classes, "predictions")
     flat = (image * n_classes + truth) * n_classes + said
     counts = np.bincount(flat, minlength=n * n_classes**2)
     return counts.reshape(n, n_classes, n_classes).astype(np.int64)
+
+
+def margins(conf: ArrayLike) -> Ints:
+    """What scores need of matrices [..., C, C]: right, true and said of each class, [..., 3, C].
+
+    >>> margins([[3, 1], [0, 4]]).tolist()
+    [[3, 4], [4, 4], [3, 5]]
+    """
+    matrix = np.asarray(conf)
+    right = np.diagonal(matrix, axis1=-2, axis2=-1)
+    return np.stack([right, matrix.sum(-1), matrix.sum(-2)], -2)
 
 
 def accuracy(conf: ArrayLike) -> Floats:
@@ -83,8 +101,16 @@ def accuracy(conf: ArrayLike) -> Floats:
     >>> float(accuracy([[3, 1], [0, 4]]))
     0.875
     """
-    matrix = np.asarray(conf, np.float64)
-    return _divide(np.trace(matrix, axis1=-2, axis2=-1), matrix.sum((-2, -1)))
+    return accuracy_of(margins(conf))
+
+
+def mean_accuracy(conf: ArrayLike) -> Floats:
+    """Mean [...] of the share of right answers of each class that is true somewhere.
+
+    >>> float(mean_accuracy([[3, 1, 0], [0, 1, 0], [0, 0, 0]]))
+    0.875
+    """
+    return mean_accuracy_of(margins(conf))
 
 
 def iou_per_class(conf: ArrayLike) -> Floats:
@@ -93,9 +119,7 @@ def iou_per_class(conf: ArrayLike) -> Floats:
     >>> iou_per_class([[3, 1, 0], [0, 4, 0], [0, 0, 0]]).tolist()
     [0.75, 0.8, nan]
     """
-    matrix = np.asarray(conf, np.float64)
-    both = np.diagonal(matrix, axis1=-2, axis2=-1)
-    return _divide(both, matrix.sum(-1) + matrix.sum(-2) - both)
+    return iou_of(margins(conf))
 
 
 def mean_iou(conf: ArrayLike) -> Floats:
@@ -104,8 +128,30 @@ def mean_iou(conf: ArrayLike) -> Floats:
     >>> round(float(mean_iou([[3, 1, 0], [0, 4, 0], [0, 0, 0]])), 3)
     0.775
     """
-    iou = iou_per_class(conf)
-    return _divide(np.nansum(iou, -1), (~np.isnan(iou)).sum(-1))
+    return mean_iou_of(margins(conf))
+
+
+def accuracy_of(counts: ArrayLike) -> Floats:
+    """`accuracy` of margins [..., 3, C]."""
+    right, true, _ = _three(counts)
+    return _divide(right.sum(-1), true.sum(-1))
+
+
+def mean_accuracy_of(counts: ArrayLike) -> Floats:
+    """`mean_accuracy` of margins [..., 3, C]."""
+    right, true, _ = _three(counts)
+    return _mean_known(_divide(right, true))
+
+
+def iou_of(counts: ArrayLike) -> Floats:
+    """`iou_per_class` of margins [..., 3, C]."""
+    right, true, said = _three(counts)
+    return _divide(right, true + said - right)
+
+
+def mean_iou_of(counts: ArrayLike) -> Floats:
+    """`mean_iou` of margins [..., 3, C]."""
+    return _mean_known(iou_of(counts))
 
 
 def majority_floor(train_labels: ArrayLike | Tensor, test_labels: ArrayLike | Tensor) -> float:
@@ -117,7 +163,7 @@ def majority_floor(train_labels: ArrayLike | Tensor, test_labels: ArrayLike | Te
     >>> majority_floor([0, 1, 1, 255], [1, 0, 1, 1])
     0.75
     """
-    train, test = _ints(train_labels, "train_labels"), _ints(test_labels, "test_labels")
+    train, test = integers(train_labels, "train_labels"), integers(test_labels, "test_labels")
     train, test = train[train != IGNORE], test[test != IGNORE]
     if not len(train) or not len(test):
         raise ValueError(f"{len(train)} training and {len(test)} test labels are not ignored")
@@ -146,7 +192,7 @@ def pixel_confusion(token_logits: NDArray[Any] | Tensor, masks: ArrayLike | Tens
     >>> pixel_confusion(np.array([[[[1.0, 0.0], [0.0, 1.0]]]]), [[[0, 0, 1, 255]]]).tolist()
     [[[2, 0], [0, 1]]]
     """
-    logits, truth = _logits(token_logits), _ints(masks, "masks")
+    logits, truth = _logits(token_logits), integers(masks, "masks")
     if logits.ndim != 4 or truth.ndim != 3 or len(logits) != len(truth):
         raise ValueError(
             "need logits [n, rows, cols, C] and masks [n, H, W], got "
@@ -172,34 +218,59 @@ def ceiling_confusion(
     >>> ceiling_confusion([[[0, 1]]], [[[0, 0, 0, 1]]], 2).tolist()
     [[[2, 1], [0, 1]]]
     """
-    tokens, truth = _ints(token_labels, "token_labels"), _ints(masks, "masks")
+    tokens, truth = integers(token_labels, "token_labels"), integers(masks, "masks")
     if tokens.ndim != 3 or truth.ndim != 3 or len(tokens) != len(truth):
         raise ValueError(
             "need token labels [n, rows, cols] and masks [n, H, W], got "
             f"{list(tokens.shape)} and {list(truth.shape)}"
         )
-    _inside(tokens[tokens != IGNORE], n_classes, "token_labels")
-    _inside(truth[truth != IGNORE], n_classes, "masks")
+    check_classes(tokens[tokens != IGNORE], n_classes, "token_labels")
+    check_classes(truth[truth != IGNORE], n_classes, "masks")
     (n, rows, cols), (_, height, width) = tokens.shape, truth.shape
     row = (2 * np.arange(height) + 1) * rows // (2 * height)
     col = (2 * np.arange(width) + 1) * cols // (2 * width)
     cell = row[:, None] * cols + col
     out = np.zeros((n, n_classes, n_classes), np.int64)
     for i, mask in enumerate(truth):
-        keep = mask != IGNORE
-        flat = cell[keep] * n_classes + mask[keep]
-        counts = np.bincount(flat, minlength=rows * cols * n_classes).reshape(-1, n_classes)
-        label = tokens[i].reshape(-1)
-        label = np.where(label == IGNORE, counts.argmax(1), label)
-        np.add.at(out[i].T, label, counts)
+        out[i] = confusion(
+            mask, perfect_pixels(tokens[i].ravel(), cell, mask, n_classes), n_classes
+        )
     return out
 
 
-def _ints(values: ArrayLike | Tensor, name: str) -> Ints:
+def perfect_pixels(token_labels: Ints, cells: Ints, mask: Ints, n_classes: int) -> Ints:
+    """What perfect tokens would say of each pixel, [H, W]; `IGNORE` of pixels in no cell.
+
+    Args:
+        token_labels: [n_tokens], classes or `IGNORE`. A token without a label says the most
+            frequent class of its labelled pixels, the best that it could.
+        cells: [H, W], the token that each pixel lies in, or -1.
+        mask: [H, W], classes or `IGNORE`.
+        n_classes: how many classes there are.
+    """
+    keep = (mask != IGNORE) & (cells >= 0)
+    flat = cells[keep] * n_classes + mask[keep]
+    counts = np.bincount(flat, minlength=len(token_labels) * n_classes).reshape(-1, n_classes)
+    label = np.where(token_labels == IGNORE, counts.argmax(1), token_labels)
+    return np.where(cells >= 0, label[cells], IGNORE)
+
+
+def integers(values: ArrayLike | Tensor, name: str) -> Ints:
+    """Values as int64; anything but whole numbers is a `TypeError`."""
     array = values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"{name} must be integers, got {array.dtype}")
     return array.astype(np.int64)
+
+
+def check_classes(values: Ints, n_classes: int, name: str) -> None:
+    """See that all values are classes; anything else is a `ValueError` that counts them."""
+    wrong = values[(values < 0) | (values >= n_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"{name} must be 0..{n_classes - 1} (labels also {IGNORE}), "
+            f"got {np.unique(wrong)[:10].tolist()} in {len(wrong)} places"
+        )
 
 
 def _same_shape(truth: Ints, said: Ints) -> None:
@@ -209,13 +280,13 @@ def _same_shape(truth: Ints, said: Ints) -> None:
         )
 
 
-def _inside(values: Ints, n_classes: int, name: str) -> None:
-    wrong = values[(values < 0) | (values >= n_classes)]
-    if len(wrong):
-        raise ValueError(
-            f"{name} must be 0..{n_classes - 1} (labels also {IGNORE}), "
-            f"got {np.unique(wrong)[:10].tolist()} in {len(wrong)} places"
-        )
+def _three(counts: ArrayLike) -> tuple[Floats, Floats, Floats]:
+    array = np.asarray(counts, np.float64)
+    return array[..., 0, :], array[..., 1, :], array[..., 2, :]
+
+
+def _mean_known(values: Floats) -> Floats:
+    return _divide(np.nansum(values, -1), (~np.isnan(values)).sum(-1))
 
 
 def _divide(top: NDArray[Any], bottom: NDArray[Any]) -> Floats:

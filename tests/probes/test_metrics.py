@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import (
+    accuracy_score,
+    balanced_accuracy_score,
+    confusion_matrix,
+    jaccard_score,
+)
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
 from interp.labels import IGNORE
 from interp.probes import metrics as m
@@ -35,6 +43,67 @@ def test_scores_equal_scikit_learn(masks):
     # class 3 counts (with 0): it occurs as a prediction; class 5 does not occur
     assert jaccard[3] == 0
     assert m.mean_iou(conf) == pytest.approx(jaccard.mean())
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    n_classes=st.integers(2, 30),
+    used=st.integers(1, 30),
+    ignored=st.sampled_from([0.0, 0.2, 0.9]),
+    right=st.sampled_from([0.0, 0.3, 1.0]),
+)
+@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
+def test_scores_equal_scikit_learn_and_torchmetrics(seed, n_classes, used, ignored, right):
+    rng = np.random.default_rng(seed)
+    truth = rng.choice(rng.integers(0, n_classes, used), (3, 7, 11))
+    said = np.where(rng.random(truth.shape) < right, truth, rng.integers(0, n_classes, truth.shape))
+    truth = np.where(rng.random(truth.shape) < ignored, IGNORE, truth)
+    truth[0, 0, 0] = 0  # something is to be scored
+    keep = truth != IGNORE
+    flat = truth[keep], said[keep]
+    conf = m.confusion(truth, said, n_classes)
+    np.testing.assert_array_equal(conf, confusion_matrix(*flat, labels=range(n_classes)))
+    assert m.accuracy(conf) == pytest.approx(accuracy_score(*flat))
+    assert m.mean_accuracy(conf) == pytest.approx(balanced_accuracy_score(*flat))
+    assert m.mean_iou(conf) == pytest.approx(jaccard_score(*flat, average="macro"))
+    options = {"num_classes": n_classes, "ignore_index": IGNORE}
+    pair = torch.tensor(said), torch.tensor(truth)
+    for got, metric in (
+        (m.mean_iou(conf), MulticlassJaccardIndex(average="macro", **options)),
+        (m.accuracy(conf), MulticlassAccuracy(average="micro", **options)),
+        (np.nan_to_num(m.iou_per_class(conf)), MulticlassJaccardIndex(average="none", **options)),
+    ):
+        for part in range(3):
+            metric.update(pair[0][part : part + 1], pair[1][part : part + 1])
+        np.testing.assert_allclose(got, metric.compute().numpy(), rtol=1e-6)
+    # ours is over the classes that are true, torchmetrics' over those that occur
+    recall = MulticlassAccuracy(average="none", **options)(*pair).double().numpy()
+    true = conf.sum(1) > 0
+    assert m.mean_accuracy(conf) == pytest.approx(recall[true].mean(), rel=1e-6)
+    occur = true | (conf.sum(0) > 0)
+    macro = MulticlassAccuracy(average="macro", **options)(*pair).item()
+    assert m.mean_accuracy(conf) * true.sum() / occur.sum() == pytest.approx(macro, rel=1e-6)
+
+
+def test_margins_are_what_scores_need_and_add_up(masks):
+    each = m.confusion_per_image(*masks, 6)
+    margins = m.margins(each)
+    assert margins.shape == (6, 3, 6)
+    truth, said = masks
+    one = truth[0][truth[0] != IGNORE], said[0][truth[0] != IGNORE]
+    for c in range(6):
+        want = [((one[0] == c) & (one[1] == c)).sum(), (one[0] == c).sum(), (one[1] == c).sum()]
+        assert margins[0, :, c].tolist() == want
+    np.testing.assert_array_equal(margins.sum(0), m.margins(each.sum(0)))
+    for score, of in (
+        (m.accuracy, m.accuracy_of),
+        (m.mean_accuracy, m.mean_accuracy_of),
+        (m.iou_per_class, m.iou_of),
+        (m.mean_iou, m.mean_iou_of),
+    ):
+        np.testing.assert_array_equal(score(each), of(margins))
+    assert np.isnan(m.mean_accuracy(np.zeros((2, 2))))
 
 
 def test_per_image_matrices_add_up_and_scores_keep_the_leading_axes(masks):
