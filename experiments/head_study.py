@@ -15,7 +15,6 @@ from interp import MLLM
 from interp.attribution import attribute, head_attribution, minimal_heads, path_attribution
 from interp.datasets import scenes
 from interp.studies import Split
-from interp.studies.recovery import fit_bank
 from interp.threads import suit_threads
 
 
@@ -28,7 +27,7 @@ def main(
     few = max(1, min(10, n // 2))  # two batches at least: the second half is held out
     test = Split.prepare(vlm, scenes("test"), n, ask, batch_size=few)
     stages = ["adapter.hook_out", vlm.stages[-1]]
-    bank = fit_bank(probe, probe.read(stages), scenes("probe").classes)
+    bank = probe.fit(stages)
     study: Any = (vlm, test.batches, bank)
     asked: dict[str, Any] = {"labels": test.labels, "sources": "same-region correct"}
     for method in ("direct", "gradient", "exact"):

@@ -19,7 +19,7 @@ from interp.studies.recovery import Baseline
 def main(model: str = "tiny", n: int = 60, seed: int = 0, remote: str = "") -> None:
     vlm, ask = MLLM.load(model, remote=remote), "What is in the picture?"
     probe, test = (Split.prepare(vlm, scenes(s), n, ask, batch_size=20) for s in ("probe", "test"))
-    base = Baseline.fit(probe, test, scenes("test").classes)
+    base = Baseline.fit(probe, test)
     queries, anchors = anchor_edges(base)  # [image, token], [image, dst, src]
     edges, layers = test.edges(anchors), range(vlm.cfg.n_layers)  # one EdgeSet a batch
 

@@ -11,7 +11,6 @@ from interp import MLLM, Unmask
 from interp.datasets import scenes
 from interp.studies import Split
 from interp.studies.bidirectional import THIRDS, thirds
-from interp.studies.recovery import fit_bank
 from interp.studies.result import difference, points
 
 
@@ -22,13 +21,12 @@ def main(model: str = "tiny", n: int = 60, seed: int = 0, remote: str = "") -> N
     groups = {name: test.labelled & (thirds(test) == i) for i, name in enumerate(THIRDS)}
     hits, table = [], pd.DataFrame()
     for rows in sorted({min(n_rows, row[-1]) for n_rows in (0, 1, 2, 4, row[-1])}):
-        states = []
+        edits = []
         for split in (probe, test):
             sees = np.tile(row <= row[:, None] + rows, (len(split), 1, 1))  # [image, dst, src]
-            edits = [[Unmask(edges)] if rows else [] for edges in split.edges(sees)]
-            states.append(split.read([end], edits.__getitem__)[end])
-        bank = fit_bank(probe, {end: states[0]}, scenes("probe").classes)
-        hits.append(bank.predict(end, states[1]).numpy() == test.labels)
+            edits.append([[Unmask(edges)] if rows else [] for edges in split.edges(sees)])
+        bank = probe.fit([end], edits[0].__getitem__)
+        hits.append(test.judge(bank, edits[1].__getitem__)[end] == test.labels)
         for name, among in {"all": test.labelled, **groups}.items():
             gain = difference(test.counts(hits[-1], among), test.counts(hits[0], among), seed)
             table.loc[f"{rows} rows ahead", name] = points(gain)

@@ -13,7 +13,6 @@ from interp import MLLM
 from interp.attribution import head_attribution, verify_edges
 from interp.datasets import scenes
 from interp.studies import Split
-from interp.studies.recovery import fit_bank
 from interp.threads import suit_threads
 
 START = "adapter.hook_out"
@@ -25,7 +24,7 @@ def main(
     vlm, question = MLLM.load(model), "What is in the picture?"
     suit_threads(vlm)
     probe = Split.prepare(vlm, scenes("probe"), 100, question, batch_size=20)
-    bank = fit_bank(probe, probe.read([START, vlm.stages[-1]]), scenes("probe").classes)
+    bank = probe.fit([START, vlm.stages[-1]])
 
     scene = scenes("test")[image]
     x = vlm.prepare(scene.image, question)

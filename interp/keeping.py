@@ -56,8 +56,8 @@ def check_keep(keep: Keep, model: Hooked, names: list[str]) -> None:
 
 
 def slim(keep: Keep, names: list[str]) -> Keep:
-    """The same, without the probes of other hooks."""
-    return keep.only(names) if hasattr(keep, "predict") else keep
+    """The same, without the probes of other hooks, and without what a bank knows of its fit."""
+    return keep.readout(names) if hasattr(keep, "readout") else keep
 
 
 def keeper(keep: Keep, model: Hooked, x: Inputs) -> Callable[[Tensor, str], Tensor] | None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import platform
+import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path, PurePath
@@ -97,11 +98,16 @@ def versions() -> dict[str, str]:
 
 
 def without_paths(data: Any) -> Any:
-    """Absolute paths shortened to their last part and a hash that still tells them apart."""
+    """Absolute paths shortened to their last part and a hash that still tells them apart.
+
+    A dataset's word is looked at behind its kind: "ade20k:/data/ade" is a path, too.
+    """
     if isinstance(data, dict):
         return {key: without_paths(value) for key, value in data.items()}
     if isinstance(data, list):
         return [without_paths(value) for value in data]
+    if isinstance(data, str) and (kind := re.match(r"[a-z][a-z0-9-]+:(?=[/~](?!/))", data)):
+        return kind[0] + str(without_paths(data[kind.end() :]))
     if isinstance(data, str) and (PurePath(data).is_absolute() or data.startswith("~")):
         return f"{PurePath(data).name} (path {hashlib.sha256(data.encode()).hexdigest()[:8]})"
     return data

@@ -26,6 +26,7 @@ from interp.labels import IGNORE
 from interp.model import MLLM
 from interp.pooling import pool
 from interp.probes import ProbeBank
+from interp.probes.readout import Readout
 from interp.shipping import at_model
 
 GROUPS = {"region": REGION, "place": PLACE, "whole": WHOLE}
@@ -101,7 +102,7 @@ def ask(
     if probes is not None and flat is not None:
         for x, own in zip(batches, flat, strict=True):
             kept.append(Clean())
-            said.append(_said(model, x, probes.only([start]), start, kept[-1]).numpy())
+            said.append(_said(model, x, probes.readout([start]), start, kept[-1]).numpy())
             right.append((said[-1] == own) & (own != IGNORE))
     scores = []
     for number, x in enumerate(batches):
@@ -144,7 +145,7 @@ def ask(
 
 
 @at_model
-def _said(model: MLLM, x: Inputs, probes: ProbeBank, stage: str, clean: Clean) -> torch.Tensor:
+def _said(model: MLLM, x: Inputs, probes: Readout, stage: str, clean: Clean) -> torch.Tensor:
     """The class that a probe reads at each image token, `[n_tokens]`; what the language model was
     given is kept in `clean`, if that is here."""
     made = clean_run(model, x, [stage])

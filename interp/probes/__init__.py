@@ -4,44 +4,67 @@ A *stage* is a place in the model whose states are read: a vision layer, the ada
 a layer of the language model. The question of this room is "what could be read off there?",
 asked of every stage with the same ruler.
 
-- `linear`: what a linear probe is (`LinearProbe`, a scikit-learn estimator).
-- `solver`: `fit_logistic`, which fits the probes of all stages together.
+What is read:
+
+- `parts`: pictures prepared for a model, batch by batch, with labels of their image tokens;
+- `reading`: `ModelStream`, which runs a model over them; `stream`: what a solver asks of it.
+
+How a probe is fitted:
+
+- `linear`: what a linear probe is (`LinearProbe`, a scikit-learn estimator);
+- `fitting`: `Fitting`, two solvers behind one word;
+- `moments`, `ridge`: sums that are all least squares needs; probes from them in one pass;
+- `solver`, `source`, `store`, `streamed`: logistic probes in memory, from disk, from a stream;
 - `bank`: `ProbeBank`, one probe a stage, frozen after fitting; logits, verdicts, and the
   directions that attribution needs.
-- `metrics`: confusion matrices, accuracy, mIoU over tokens and over pixels, the floor (always
-  the most frequent class) and the ceiling (perfect token labels).
 
-Scores are sums over images, kept apart by image, so that `interp.stats.bootstrap` can put an
-interval round any of them.
+How it is judged:
+
+- `metrics`: confusion matrices, accuracy, mIoU over tokens and over pixels, floor and ceiling;
+- `scores`: `Scores` of all stages while pictures pass, with intervals over pictures (`poisson`), by
+  groups of tokens (`groups`) and over pixels (`painting`); `scoring` runs the pass.
 """
 
 from interp.probes.bank import ProbeBank
+from interp.probes.fitting import Fitted, Fitting
 from interp.probes.linear import LinearProbe
 from interp.probes.metrics import (
     accuracy,
-    ceiling_confusion,
     confusion,
     confusion_per_image,
     iou_per_class,
     majority_floor,
+    mean_accuracy,
     mean_iou,
-    pixel_confusion,
-    pixel_logits,
 )
+from interp.probes.painting import pixel_classes
+from interp.probes.ridge import fit_ridge
+from interp.probes.scores import CEILING, FLOOR, Scores
 from interp.probes.solver import LogisticFit, fit_logistic
+from interp.probes.stream import Held, Tokens, TokenStream
+from interp.probes.streamed import fit_logistic_stream
 
 __all__ = [
+    "CEILING",
+    "FLOOR",
+    "Fitted",
+    "Fitting",
+    "Held",
     "LinearProbe",
     "LogisticFit",
     "ProbeBank",
+    "Scores",
+    "TokenStream",
+    "Tokens",
     "accuracy",
-    "ceiling_confusion",
     "confusion",
     "confusion_per_image",
     "fit_logistic",
+    "fit_logistic_stream",
+    "fit_ridge",
     "iou_per_class",
     "majority_floor",
+    "mean_accuracy",
     "mean_iou",
-    "pixel_confusion",
-    "pixel_logits",
+    "pixel_classes",
 ]

@@ -7,13 +7,8 @@ only reads. The same frozen bank then reads a model under a knockout or another 
 a change in its verdicts comes from the states and not from a new fit. (Refitting under the
 intervention answers another question: could *any* linear reader still see it?)
 
-Every probe is stored in raw feature space, the standardisation folded in, so
-
-    logits = x @ weight.T + intercept          [..., n_classes]
-    margin = x @ direction + bias              true class against another one
-
-hold for plain states `x` with nothing else to remember. The direction is the vector that
-attribution methods project on.
+Every probe is stored in raw feature space, the standardisation folded in; what it reads with is
+`interp.probes.readout`.
 
 Stages differ in width. A wider stage gives its probe more freedom, so a curve across widths
 wants its controls: the same penalty on standardised features, and held-out images.
@@ -26,7 +21,6 @@ never below zero and an unseen class never wins. `bank.seen` tells which classes
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import warnings
@@ -41,7 +35,9 @@ from sklearn.exceptions import ConvergenceWarning
 from torch import Tensor
 
 from interp.labels import IGNORE
-from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_logistic
+from interp.probes.readout import Readout
+from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_stack
+from interp.probes.source import Stack
 
 UNSEEN = -1e4  # finite, so that upsampled logits and margins stay numbers, also in bfloat16
 _FORMAT = "interp.ProbeBank/2"
@@ -49,7 +45,7 @@ _OLDER = "interp.ProbeBank/1"  # one C for all stages
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class ProbeBank:
+class ProbeBank(Readout):
     """One linear probe a stage. Make one with `ProbeBank.fit` or `ProbeBank.load`.
 
     >>> states = {"adapter": torch.tensor([[0.0], [1.0], [4.0], [5.0]])}
@@ -60,10 +56,6 @@ class ProbeBank:
     tensor([0, 1])
     """
 
-    stages: tuple[str, ...]
-    classes: tuple[str, ...]
-    weights: Mapping[str, Tensor]
-    intercepts: Mapping[str, Tensor]
     seen: tuple[bool, ...]
     n_iter: Mapping[str, int]
     converged: Mapping[str, bool]
@@ -77,7 +69,11 @@ class ProbeBank:
         labels: Tensor,
         classes: Sequence[str],
         *,
+        solver: str = "logistic",
         C: float = DEFAULT_C,
+        alphas: Sequence[float] | None = None,
+        class_weight: Mapping[str, float] | str | None = None,
+        shares: Tensor | None = None,
         max_iter: int = 500,
         tol: float = DEFAULT_TOL,
         stages_at_once: int | None = None,
@@ -85,15 +81,48 @@ class ProbeBank:
     ) -> ProbeBank:
         """Fit a probe a stage on `features` {stage: [n_tokens, d_stage]}.
 
-        `labels` [n_tokens] are integers, 0..len(classes)-1 or `IGNORE`, and the same tokens for
-        every stage. Stages of equal width are copied into one stack and fitted together (the
-        caller's tensors stay as they are); `stages_at_once` bounds the stack where memory is
-        short. Half-precision states are fitted in float32. `progress` is called with (stages
-        done, stages in all). Stages that stop at `max_iter` give a `ConvergenceWarning` that
-        names them.
+        Args:
+            features: the caller's tensors stay as they are. Stages of equal width are copied into
+                one stack and fitted together; half-precision states are fitted in float32.
+            labels: `[n_tokens]` integers, 0..len(classes)-1 or `IGNORE`, the same tokens for every
+                stage.
+            classes: their names.
+            solver: "logistic" (`interp.probes.solver`) or "ridge" (`interp.probes.ridge`).
+            C: of "logistic", scikit-learn's inverse penalty.
+            alphas: of "ridge", the penalties to choose from, as shares of the number of tokens.
+            class_weight: class name -> weight of its tokens, or "balanced", or None.
+            shares: `[n_tokens, n_classes]`, the share of each class in a token, where labels are
+                soft; rows add up to 1 (those of ignored tokens may hold anything).
+            max_iter, tol: of "logistic": where a stage stops.
+            stages_at_once: bounds the stack where memory is short ("logistic").
+            progress: called with (stages done, stages in all) ("logistic").
+
+        Warns:
+            ConvergenceWarning: names the stages that stopped at `max_iter`.
+
+        Raises:
+            ValueError: shapes, labels or numbers that are no such thing.
         """
+        # what streams and ridge probes make are banks: their modules import this one
+        from interp.probes.ridge import ALPHAS, class_weights, fit_ridge
+        from interp.probes.stream import Held
+
+        if solver not in ("logistic", "ridge"):
+            raise ValueError(f'solver={solver!r}; "logistic" or "ridge" would do')
         classes = tuple(str(name) for name in classes)
-        keep, codes, fitted = _check(features, labels, classes)
+        keep, codes, fitted = _check(features, labels, classes, shares)
+        # at least ten parts: "ridge" keeps every fifth of them to choose by
+        size = max(1, min(8192, len(labels) // 10))
+        held = Held(features, labels.long(), classes, shares, size)
+        if solver == "ridge":
+            tried = ALPHAS if alphas is None else alphas
+            return fit_ridge(held, alphas=tried, class_weight=class_weight).bank
+        soft = None if shares is None else shares[keep][:, fitted]
+        of_class = class_weights(held, class_weight)
+        weights_of = None
+        if of_class is not None:
+            of_class = of_class[fitted].to(codes.device)
+            weights_of = of_class[codes] if soft is None else soft.to(of_class) @ of_class
         weights: dict[str, Tensor] = {}
         intercepts: dict[str, Tensor] = {}
         n_iter: dict[str, int] = {}
@@ -101,23 +130,24 @@ class ProbeBank:
         done = 0
 
         for names in _groups(features, stages_at_once):
-            stack = _stack(features, names, keep)
+            first = features[names[0]]
+            rows = None if len(keep) == len(first) else keep
+            source, sums = Stack.of(
+                [features[name] for name in names],
+                None if soft is not None else codes,
+                len(fitted),
+                shares=soft,
+                weights=weights_of,
+                rows=rows,
+                names=names,
+            )
 
             def report(n: int, before: int = done) -> None:
                 if progress is not None:
                     progress(before + n, len(features))
 
-            found = fit_logistic(
-                stack,
-                codes.to(stack.device),
-                len(fitted),
-                C=C,
-                max_iter=max_iter,
-                tol=tol,
-                overwrite=True,
-                progress=report,
-            )
-            del stack  # the next stack must not meet this one in memory
+            found = fit_stack(source, sums, C=C, max_iter=max_iter, tol=tol, progress=report)
+            del source, sums  # the next stack must not meet this one in memory
             done += len(names)
             for i, name in enumerate(names):
                 index = fitted.to(found.weight.device)
@@ -148,64 +178,19 @@ class ProbeBank:
             converged={name: converged[name] for name in features},
         )
 
-    def weight(self, stage: str) -> Tensor:
-        """Raw-space weights [n_classes, d] of a stage; `KeyError` names the nearest stages."""
-        self._require(stage)
-        return self.weights[stage]
-
-    def intercept(self, stage: str) -> Tensor:
-        """Raw-space intercepts [n_classes] of a stage."""
-        self._require(stage)
-        return self.intercepts[stage]
-
-    def logits(self, stage: str, x: Tensor) -> Tensor:
-        """Logits [..., n_classes] of states `x` [..., d], in float32."""
-        weight = self.weight(stage)
-        if x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"the probe at {stage!r} reads states [..., {weight.shape[1]}], got {list(x.shape)}"
-            )
-        return x.to(weight.dtype) @ weight.T + self.intercepts[stage]
-
-    def predict(self, stage: str, x: Tensor) -> Tensor:
-        """The winning class of each state, int64 [...]."""
-        return self.logits(stage, x).argmax(-1)
-
-    def direction(self, stage: str, true: Tensor | int, other: Tensor | int) -> Tensor:
-        """`w_true - w_other` [..., d] in raw feature space; classes broadcast.
-
-        ``margin = (x * direction).sum(-1) + bias`` is the logit of `true` less that of `other`.
-
-        >>> states = {"adapter": torch.tensor([[0.0], [1.0], [4.0], [5.0]])}
-        >>> bank = ProbeBank.fit(states, torch.tensor([0, 0, 1, 1]), ["sky", "sea"])
-        >>> bool(bank.direction("adapter", 1, 0) > 0)
-        True
-        """
-        weight = self.weight(stage)
-        return weight[self._class(true, weight)] - weight[self._class(other, weight)]
-
-    def bias(self, stage: str, true: Tensor | int, other: Tensor | int) -> Tensor:
-        """The intercept [...] that goes with `direction`."""
-        intercept = self.intercept(stage)
-        return intercept[self._class(true, intercept)] - intercept[self._class(other, intercept)]
-
-    def to(self, device: torch.device | str) -> ProbeBank:
-        """The same bank with its tensors on `device`."""
-        return replace(
-            self,
-            weights={name: value.to(device) for name, value in self.weights.items()},
-            intercepts={name: value.to(device) for name, value in self.intercepts.items()},
-        )
+    def readout(self, stages: Sequence[str] | None = None) -> Readout:
+        """What reads, of some stages or of all: what is sent to a server."""
+        all_ = Readout(self.stages, self.classes, self.weights, self.intercepts)
+        return all_ if stages is None else all_.only(stages)
 
     def only(self, stages: Sequence[str]) -> ProbeBank:
-        """The probes of some stages, which are fewer bytes to send."""
-        for stage in stages:
-            self._require(stage)
+        """The probes of some stages."""
+        few = self.readout().only(stages)
         return replace(
             self,
-            stages=tuple(stages),
-            weights={stage: self.weights[stage] for stage in stages},
-            intercepts={stage: self.intercepts[stage] for stage in stages},
+            stages=few.stages,
+            weights=few.weights,
+            intercepts=few.intercepts,
             n_iter={stage: self.n_iter[stage] for stage in stages},
             converged={stage: self.converged[stage] for stage in stages},
             penalty={s: self.penalty[s] for s in stages if s in self.penalty},
@@ -267,22 +252,6 @@ class ProbeBank:
         stages, classes = _listed(self.stages, "stage"), _listed(self.classes, "class")
         return f"ProbeBank({stages}; {classes})"
 
-    def _require(self, stage: str) -> None:
-        if stage not in self.weights:
-            near = difflib.get_close_matches(stage, self.stages, n=5, cutoff=0.3) or self.stages
-            raise KeyError(f"no probe at {stage!r}; the nearest stages are {', '.join(near)}")
-
-    def _class(self, index: Tensor | int, like: Tensor) -> Tensor:
-        index = torch.as_tensor(index, device=like.device)
-        # torch would take -1 for the last class, and 255 would fail without saying why.
-        if bool(((index < 0) | (index >= len(self.classes))).any()):
-            given = sorted(set(index.flatten().tolist()))
-            raise ValueError(
-                f"classes are 0..{len(self.classes) - 1}, got {given}; "
-                f"drop ignored tokens ({IGNORE}) first"
-            )
-        return index.long()
-
 
 def _listed(names: Sequence[str], noun: str) -> str:
     plural = noun if len(names) == 1 else noun + ("es" if noun.endswith("s") else "s")
@@ -292,9 +261,15 @@ def _listed(names: Sequence[str], noun: str) -> str:
 
 
 def _check(
-    features: Mapping[str, Tensor], labels: Tensor, classes: Sequence[str]
+    features: Mapping[str, Tensor],
+    labels: Tensor,
+    classes: Sequence[str],
+    shares: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows to keep [n], their labels among the fitted classes [n], and those classes' ids."""
+    """Rows to keep [n], their labels among the fitted classes [n], and those classes' ids.
+
+    With shares a class is fitted that any token has a share of, and the labels mean nothing.
+    """
     if not features:
         raise ValueError("no stage to fit: features is empty")
     if len(classes) > IGNORE:
@@ -316,6 +291,12 @@ def _check(
         raise ValueError(
             f"labels must be 0..{len(classes) - 1} or {IGNORE}, got {fitted.tolist()[:20]}"
         )
+    if shares is not None:
+        if shares.shape != (len(labels), len(classes)):
+            raise ValueError(
+                f"shares must be [{len(labels)}, {len(classes)}], got {list(shares.shape)}"
+            )
+        fitted = torch.nonzero(shares[keep].sum(0) > 0).flatten()
     if len(fitted) < 2:
         raise ValueError(
             f"a probe needs tokens of at least two classes, got {[classes[i] for i in fitted]} "
@@ -338,19 +319,3 @@ def _groups(features: Mapping[str, Tensor], at_once: int | None) -> list[list[st
 
 def _solver_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _stack(features: Mapping[str, Tensor], names: Sequence[str], keep: Tensor) -> Tensor:
-    """The kept rows of the named stages, [S, n, d], in one new tensor."""
-    first = features[names[0]]
-    shape = (len(names), len(keep), first.shape[1])
-    stack = torch.empty(shape, dtype=_solver_dtype(first), device=first.device)
-    rows = keep.to(first.device)
-    for slot, name in zip(stack, names, strict=True):
-        if len(keep) == len(features[name]):
-            slot.copy_(features[name])
-        else:
-            slot.copy_(features[name][rows])
-        if not bool(torch.isfinite(slot).all()):
-            raise ValueError(f"stage {name!r} holds nan or infinite values")
-    return stack

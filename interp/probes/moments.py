@@ -61,6 +61,12 @@ class Frame:
                 raise ValueError(f"stage {stage!r} holds nan or infinite values")
         return cls(shift, unit)
 
+    def cpu(self) -> Frame:
+        """The same in main memory."""
+        if all(shift.device.type == "cpu" for shift in self.shift.values()):
+            return self
+        return Frame(*({k: v.cpu() for k, v in part.items()} for part in (self.shift, self.unit)))
+
     def same(self, other: Frame) -> bool:
         """Whether sums in the other frame can be added to sums in this one."""
         return self is other or (
@@ -137,10 +143,11 @@ class Moments:
             z = states.double() if wide else states.float()
             z = (z - frame.shift[stage].to(z.dtype)) / frame.unit[stage].to(z.dtype)
             z = z.to(dtype)
-            heavy = z if weights is None else z * weights.to(dtype)[:, None]
+            # a model may be spread over devices, and its stages with it
+            heavy = z if weights is None else z * weights.to(z)[:, None]
             x[stage] = heavy.sum(0, dtype=torch.float64)
             xx[stage] = (heavy.T @ z).double()
-            xy[stage] = (z.T @ weighted).double()
+            xy[stage] = (z.T @ weighted.to(z.device)).double()
             if not bool(torch.isfinite(x[stage]).all()):
                 raise ValueError(f"stage {stage!r} holds nan or infinite values")
         return cls(
@@ -179,6 +186,12 @@ class Moments:
         stages = list(self.x)
         x, xx, xy = (dict(zip(stages, rest[i::3], strict=True)) for i in range(3))
         return Moments(self.frame, n, y, yy, x, xx, xy)
+
+    def cpu(self) -> Moments:
+        """The same in main memory, with their frame."""
+        there = self.like(tensor.cpu() for tensor in self.tensors())
+        there.frame = self.frame.cpu()
+        return there
 
     @property
     def nbytes(self) -> int:

@@ -45,6 +45,7 @@ class ModelStream:
         projections: Mapping[str, tuple[str, Tensor]] | None = None,
         noise: bool = False,
         seed: int = 0,
+        on_run: Callable[[int], None] | None = None,
     ) -> None:
         """Say what to read; nothing is run yet.
 
@@ -58,6 +59,7 @@ class ModelStream:
                 `[d, k]`.
             noise: add the random-feature control.
             seed: of the noise.
+            on_run: called with the number of pictures that were run; an attribute, too.
 
         Raises:
             HookNotFound: stages that the model lacks.
@@ -66,6 +68,7 @@ class ModelStream:
         self.stages = list(model.stages if stages is None else model.hooks.expand(stages))
         self._edits, self._soft, self._noise, self._seed = edits, soft, noise, seed
         self._projections = dict(projections or {})
+        self.on_run = on_run
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -100,6 +103,8 @@ class ModelStream:
         for stage, width in widths.items():
             if stage not in features:
                 features[stage] = self._drawn(part, width)
+        if self.on_run is not None:
+            self.on_run(len(part.names))
         return self._tokens(part, features)
 
     def _run(self, part: Part) -> dict[str, Tensor]:

@@ -15,8 +15,10 @@ Stages differ in width, and a wider stage gives its probe more to fit with. `com
 stages to one capacity: the first so many principal components of the standardised features, also
 from the sums. The weights are folded back, so a probe reads plain states in any case.
 
-The control with shuffled labels is a second block of targets in the same pass: labels permuted
-among the tokens of a part, so that class frequencies stay and everything else goes.
+The control with shuffled labels is a second block of targets in the same pass: each token gets the
+label of a token drawn from the whole set, so that class frequencies stay and everything else goes.
+(Shuffling among the tokens of a batch would not do: a batch's pictures have frequencies of their
+own, which its states tell.)
 """
 
 from __future__ import annotations
@@ -26,11 +28,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN, ProbeBank
 from interp.probes.moments import Frame, Moments, Pile
-from interp.probes.stream import TokenStream
+from interp.probes.stream import TokenStream, draw_labels, frequencies, label_counts
 from interp.world import World
 
 #: penalties that are tried, as shares of the number of tokens
@@ -139,12 +142,8 @@ def class_weights(
     """
     if class_weight is None:
         return None
-    world = world or World()
     if class_weight == "balanced":
-        counts = torch.zeros(len(stream.classes), dtype=torch.float64)
-        for _, tokens in stream.labels(world.share(range(stream.n_parts))):
-            counts += tokens.labelled().targets(len(counts), torch.float64).sum(0).cpu()
-        world.sum_(counts)
+        counts = label_counts(stream, world)
         # as scikit-learn's "balanced", among the classes that occur
         weights: Tensor = torch.where(
             counts > 0, counts.sum() / ((counts > 0).sum() * counts.clamp_min(1e-9)), 0.0
@@ -187,6 +186,7 @@ def sums(
     place = [sum(h == is_held[s] for h in is_held[:s]) for s in range(n_shards)]
     piles = {held: Pile(max(1, is_held.count(held))) for held in (False, True)}
     frame = Frame.of(next(stream.read([0]))[1]).shared(world)
+    others = frequencies(stream) if shuffled else None
     like: Moments | None = None
     # each kind of shard is shared out by itself, so that every process holds whole nodes
     for held, pile in piles.items():
@@ -196,16 +196,18 @@ def sums(
                 some = tokens.labelled()
                 targets = some.targets(len(stream.classes), torch.float64)
                 of_token = None if weights is None else targets @ weights.to(targets)
-                if shuffled:
-                    targets = torch.cat([targets, targets[_order(len(some), seed, part)]], 1)
+                if others is not None:
+                    drawn = draw_labels(others, len(some), seed, part)
+                    targets = torch.cat([targets, one_hot(drawn, len(others)).to(targets)], 1)
                 made = Moments.of(some, targets, frame, weights=of_token, precise=precise)
                 shard = made if shard is None else shard.add_(made)
                 if progress:
                     progress(part)
             assert shard is not None  # no shard is without parts
-            pile.add(place[number], shard)
-            like = shard
-    like = _blank(stream, frame, shuffled) if like is None else like
+            # a device holds the shard that is worked on; those that are done wait in main memory
+            like = shard.cpu()
+            pile.add(place[number], like)
+    like = _blank(stream, frame.cpu(), shuffled) if like is None else like
     for held in (False, True) if hold_out else (False,):
         piles[held].gather(world, like)
     if not world.first:
@@ -324,18 +326,12 @@ def _parts(stream: TokenStream, shard: int, n_shards: int) -> Iterable[int]:
     return range(shard * stream.n_parts // n_shards, (shard + 1) * stream.n_parts // n_shards)
 
 
-def _order(n: int, seed: int, part: int) -> Tensor:
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + part))
-
-
 def _blank(stream: TokenStream, frame: Frame, shuffled: bool) -> Moments:
     """Zeros of the right shapes, for a process that has no shard."""
     t = len(stream.classes) * (1 + shuffled)
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(
-            *shape, dtype=torch.float64, device=next(iter(frame.shift.values())).device
-        )
+        return torch.zeros(*shape, dtype=torch.float64)
 
     return Moments(
         frame, zeros(2), zeros(t), zeros(t),

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from interp.labels import IGNORE
+from interp.world import World
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,3 +138,72 @@ class Held:
             self.token_labels[at],
             None if self.shares is None else self.shares[at],
         )
+
+
+def label_counts(stream: TokenStream, world: World | None = None) -> Tensor:
+    """`[K]` float64: tokens of each class (soft shares added up), from a pass over the labels."""
+    world = world or World()
+    counts = torch.zeros(len(stream.classes), dtype=torch.float64)
+    for _, tokens in stream.labels(world.share(range(stream.n_parts))):
+        counts += tokens.labelled().targets(len(counts), torch.float64).sum(0).cpu()
+    world.sum_(counts)
+    return counts
+
+
+def frequencies(stream: TokenStream) -> Tensor:
+    """`[K]` how often each class is, in up to 16 parts from all over the stream."""
+    counts = torch.zeros(len(stream.classes), dtype=torch.float64)
+    for _, tokens in stream.labels(range(0, stream.n_parts, -(-stream.n_parts // 16))):
+        counts += tokens.labelled().targets(len(counts), torch.float64).sum(0).cpu()
+    return counts
+
+
+def draw_labels(often: Tensor, n: int, seed: int, part: int) -> Tensor:
+    """`[n]` int64 labels drawn by frequency; the same in every process and pass.
+
+    Args:
+        often: `[K]` weights of the classes.
+        n: how many.
+        seed, part: what the draw depends on.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
+    return torch.multinomial(often, n, replacement=True, generator=generator)
+
+
+class Shuffled:
+    """A stream whose tokens have labels drawn from the whole set: the shuffled-label control.
+
+    Drawn by frequency, not moved about within a part: a batch of pictures has frequencies of its
+    own, which its states tell. Tokens without a label stay without.
+    """
+
+    def __init__(self, stream: TokenStream, seed: int = 0) -> None:
+        self._stream, self._seed = stream, seed
+        self._often = frequencies(stream)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self._stream.classes
+
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """Stage -> width."""
+        return self._stream.widths
+
+    @property
+    def n_parts(self) -> int:
+        """How many parts."""
+        return self._stream.n_parts
+
+    def read(self, parts: Iterable[int]) -> Iterator[tuple[int, Tokens]]:
+        """See `TokenStream`."""
+        return ((part, self._drawn(part, tokens)) for part, tokens in self._stream.read(parts))
+
+    def labels(self, parts: Iterable[int]) -> Iterator[tuple[int, Tokens]]:
+        """See `TokenStream`."""
+        return ((part, self._drawn(part, tokens)) for part, tokens in self._stream.labels(parts))
+
+    def _drawn(self, part: int, tokens: Tokens) -> Tokens:
+        drawn = draw_labels(self._often, len(tokens), self._seed, part).to(tokens.labels)
+        return Tokens(tokens.features, torch.where(tokens.labels == IGNORE, IGNORE, drawn))

@@ -5,10 +5,13 @@ A report is a view, never a source: everything it shows is read from the folder'
 
 - `tables`: which tables a page is drawn from, and the columns each must have.
 - `palette`: one colour a role, the same in every figure, apart for colour-blind readers too.
-- `plots`: what the figures share: bands, whiskers, labels at the ends of lines.
-- `figures`: the figures in the order of the page, each with its caption and its control.
+- `plots`, `marks`: what the figures share: bands, whiskers, labels at the ends of lines, floors.
+- `stages`, `curves`, `bars`, `classes`, `maps`: the figures.
 - `pictures`: scenes with their tokens coloured by verdict, as inline SVG.
 - `text`: intervals and verdicts in words; `findings_table` for a terminal.
+- `opening`: the numbers that a page opens with.
+- `figures`: what a page consists of, as data; `study_page` and `probe_page` are these data, one for
+  each kind of run: sections, figures, captions and the control each figure must beat.
 - `page`: all of it in one HTML file that opens offline.
 """
 

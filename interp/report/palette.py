@@ -25,6 +25,7 @@ GREYS = ("#6f7a85", "#8c96a0", "#a3acb5", "#5b6670", "#97a1ab", "#7d8892")
 INK = "#1d2730"
 MUTED = "#65717c"
 RULE = "#e4e8ec"
+GROUND = "#dfe4e8"
 
 SOURCES = {
     "same-region correct": RIGHT,
@@ -36,6 +37,8 @@ SOURCES = {
 """Colours of the sources a head reads from."""
 
 DIVERGING = [[0.0, WRONG], [0.5, "#ffffff"], [1.0, RIGHT]]
+BLUES = [[0.0, "#ffffff"], [1.0, RIGHT]]
+ORANGES = [[0.0, "#ffffff"], [1.0, WRONG]]
 
 FONT = 'Inter, "Helvetica Neue", "Segoe UI", Roboto, Arial, sans-serif'
 

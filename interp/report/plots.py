@@ -94,9 +94,15 @@ def whiskers(rows: pd.DataFrame, direction: str = "y", color: str = "#3b4650") -
 
 
 def value_range(frames: Sequence[pd.DataFrame], *more: float) -> tuple[float, float]:
-    """A range that holds all intervals, with some air."""
-    low = min([f["low"].min() for f in frames if len(f)] + list(more))
-    high = max([f["high"].max() for f in frames if len(f)] + list(more))
+    """A range that holds all estimates and intervals, with some air.
+
+    >>> rows = pd.DataFrame({"estimate": [0.0, 1.0], "low": [float("nan")] * 2, "high": [0.5, 0.9]})
+    >>> value_range([rows])
+    (-0.06, 1.06)
+    """
+    # Estimates, too: from one picture there is no interval.
+    low = min([f[["low", "estimate"]].min().min() for f in frames if len(f)] + list(more))
+    high = max([f[["high", "estimate"]].max().max() for f in frames if len(f)] + list(more))
     air = 0.06 * (high - low or 1.0)
     return float(low - air), float(high + air)
 

@@ -14,7 +14,8 @@ of something (of the recovery that is gone) is told in per cent. The unit is in 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rich import box
@@ -66,6 +67,24 @@ def interval_text(interval: Mapping[str, float] | None, unit: str) -> str:
         middle, low, high = (f"{v:.3g}" for v in values)
         text = f"{middle} [{low}, {high}] {unit}".rstrip()
     return text.replace("-", MINUS)
+
+
+def signed_points(change: float) -> str:
+    """A difference of shares in points.
+
+    >>> signed_points(0.0213), signed_points(-0.5), signed_points(0.0)
+    ('+2.1', '−50.0', '0.0')
+    """
+    text = f"{100 * change:+.1f}"
+    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A table of words and numbers on the page; all columns but the first are numbers."""
+
+    head: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
 
 
 def typeset(text: str) -> str:

@@ -19,8 +19,9 @@ import pandas as pd
 
 from interp.edits import Unmask
 from interp.errors import Untestable
+from interp.probes.scoring import bank_rows
 from interp.stats import Interval, bootstrap, ratio
-from interp.studies.recovery import Baseline, fit_bank
+from interp.studies.recovery import Baseline
 from interp.studies.result import Finding, Result, difference, points, rate
 from interp.studies.split import EditsOf, Progress, Split
 
@@ -40,16 +41,18 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
             f"image tokens of {test.model.family.name} see each other both ways already"
         )
     llm = [s for s in base.bank.stages if s.startswith("blocks.")]
-    states = test.read(llm, opened(test), on_batch=on_batch)
-    refitted = fit_bank(
-        base.probe, base.probe.read(llm, opened(base.probe), on_batch=on_batch), base.classes
-    )
+    refitted = base.probe.fit(llm, opened(base.probe), fitting=base.fitting, on_batch=on_batch)
+    rows = {
+        **bank_rows(base.bank.only(llm), suffix=FROZEN),
+        **bank_rows(refitted, suffix=REFITTED),
+    }
+    said = test.said(rows, opened(test), on_batch=on_batch)
 
     def readings(stage: str) -> dict[str, np.ndarray]:
         return {
             CAUSAL: base.right(stage),
-            FROZEN: base.hits(base.bank.predict(stage, states[stage]).numpy()),
-            REFITTED: base.hits(refitted.predict(stage, states[stage]).numpy()),
+            FROZEN: base.hits(said[f"{stage}{FROZEN}"]),
+            REFITTED: base.hits(said[f"{stage}{REFITTED}"]),
         }
 
     right = {"adapter": base.right(base.reference), **readings(base.readout)}

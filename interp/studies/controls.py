@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from interp.errors import Untestable
 from interp.families.base import module_at
 from interp.model import MLLM
 
 
-def shuffled_llm(model: MLLM, seed: int = 0) -> MLLM:
-    """A copy whose language model's weight matrices have their entries in random places.
+@contextmanager
+def shuffled_llm(model: MLLM, seed: int = 0) -> Iterator[MLLM]:
+    """The model, while its language model's weight matrices have their entries in random places.
 
     Scale and distribution of every matrix stay as trained; what they compute does not. Norms (and
-    the vision tower, the adapter and the embeddings) stay as they are.
+    the vision tower, the adapter and the embeddings) stay as they are. The entries are moved where
+    they are, since a second copy of a large model would not fit, and moved back in the end.
+
+    Raises:
+        Untestable: weights that cannot be moved about: quantised ones, or ones on disk.
     """
-    fresh = type(model.module)(copy.deepcopy(model.config))
-    wanted = fresh.state_dict().keys()
-    fresh.load_state_dict({k: v for k, v in model.module.state_dict().items() if k in wanted})
+    matrices = [
+        parameter
+        for block in module_at(model.module, model.family.language.blocks)  # type: ignore[attr-defined]
+        for parameter in block.parameters()
+        if parameter.ndim > 1
+    ]
+    if any(matrix.is_meta or not matrix.is_floating_point() for matrix in matrices):
+        raise Untestable("weights that are quantised, or not in memory, cannot be shuffled")
+    _move(matrices, seed, back=False)
+    try:
+        yield model
+    finally:
+        _move(matrices, seed, back=True)
+
+
+@torch.no_grad()
+def _move(matrices: list[nn.Parameter], seed: int, back: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for block in module_at(fresh, model.family.language.blocks):  # type: ignore[attr-defined]
-            for parameter in block.parameters():
-                if parameter.ndim > 1:
-                    flat = parameter.flatten()
-                    order = torch.randperm(len(flat), generator=generator)
-                    parameter.copy_(flat[order.to(flat.device)].view_as(parameter))
-    return MLLM(
-        fresh.to(model.device, next(model.module.parameters()).dtype).eval(), model.processor
-    )
+    for matrix in matrices:
+        order = torch.randperm(matrix.numel(), generator=generator).to(matrix.device)
+        flat = matrix.flatten()
+        moved = torch.empty_like(flat).index_copy_(0, order, flat) if back else flat[order]
+        matrix.copy_(moved.view_as(matrix))
 
 
 def random_projection(d_vision: int, d_model: int, seed: int) -> Tensor | None:

@@ -22,13 +22,13 @@ from interp.attribution.cost import Cost
 from interp.attribution.heads import METHODS, OnStep, head_attribution
 from interp.attribution.screen import attribute
 from interp.attribution.table import HeadTable
-from interp.datasets import scenes
+from interp.datasets import open_data
 from interp.model import MLLM
 from interp.probes import ProbeBank
+from interp.probes.parts import QUESTION
 from interp.runs import RunFolder
-from interp.studies.recovery import fit_bank
 from interp.studies.split import Split
-from interp.studies.study import QUESTION
+from interp.studies.study import at_one_size
 
 SCREEN = "screen"
 
@@ -48,6 +48,7 @@ class HeadArguments:
         batch_size: images in one forward pass.
         edges: strongest edges kept of each image.
         memory: GB beyond the weights that exact effects may use, or None.
+        resize: (width, height) that pictures are brought to first, or None.
         seed: of every random draw.
     """
 
@@ -63,6 +64,7 @@ class HeadArguments:
     batch_size: int = 20
     edges: int = 50
     memory: float | None = None
+    resize: tuple[int, int] | None = None
     seed: int = 0
 
 
@@ -85,11 +87,10 @@ def check(model: MLLM, arguments: HeadArguments) -> None:
     """Raise for arguments that cannot be, before anything is run or written.
 
     Raises:
-        ValueError: data, a method, sources or a stage that there is not.
+        DataWrong: data that are not there, or not as they should be.
+        ValueError: a method, sources or a stage that there is not.
     """
     a = arguments
-    if a.data != "scenes":
-        raise ValueError(f'data={a.data!r}: the bundled "scenes" are the data there are')
     if a.method not in (SCREEN, *METHODS):
         raise ValueError(f"method={a.method!r}; there are {SCREEN}, {', '.join(METHODS)}")
     if a.batch_size < 1 or a.n_probe < 2 or a.n_test < 2:
@@ -97,6 +98,7 @@ def check(model: MLLM, arguments: HeadArguments) -> None:
             f"n_probe={a.n_probe}, n_test={a.n_test}, batch_size={a.batch_size}: at least 2 images "
             "of each, and 1 in a batch"
         )
+    open_data(a.data)
     kinds(a.sources, by_labels=True)
     layers_between(model, a.start, a.end or last_stage(model))
 
@@ -105,12 +107,13 @@ def prepare(model: MLLM, arguments: HeadArguments) -> Asked:
     """Fit the probes, prepare the pictures."""
     a = arguments
     check(model, a)
+    data = at_one_size(open_data(a.data), a.resize)
     probe, test = (
-        Split.prepare(model, scenes(split), n, QUESTION, batch_size=a.batch_size)
-        for split, n in (("probe", a.n_probe), ("test", a.n_test))
+        Split.prepare(model, split, n, QUESTION, batch_size=a.batch_size)
+        for split, n in zip(data, (a.n_probe, a.n_test), strict=True)
     )
     end = a.end or last_stage(model)
-    bank = fit_bank(probe, probe.read([a.start, end]), scenes("test").classes)
+    bank = probe.fit([a.start, end])
     return Asked(test.batches, test.labels, bank)
 
 
@@ -170,7 +173,7 @@ def head_study(
             write(path)
     top = table.top(10).to_dict("records")
     folder.write_json("summary.json", {"about": table.about, "top": top})
-    data = scenes("test")
+    data = at_one_size(open_data(arguments.data), arguments.resize).test
     which = model.fingerprint() if model.has_weights else f"hosted: {model.host.key}"
     folder.finish(fingerprints={"model": which, "test_data": data.fingerprint()})
     return table

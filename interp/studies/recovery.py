@@ -17,31 +17,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
-from torch import Tensor
 
+from interp.errors import Untestable
 from interp.model import MLLM
 from interp.probes import ProbeBank
-from interp.probes.metrics import (
-    accuracy,
-    ceiling_confusion,
-    confusion_per_image,
-    majority_floor,
-    mean_iou,
-    pixel_confusion,
-)
-from interp.stats import bootstrap
+from interp.probes.fitting import Fitting
+from interp.probes.scores import CEILING, FLOOR, Scores
+from interp.probes.scoring import bank_rows
 from interp.studies.controls import random_projection, shuffled_llm
 from interp.studies.result import Finding, Result, difference, points
 from interp.studies.split import EditsOf, Progress, Split
+from interp.studies.stages import kind_of, label
 
 SQUEEZED = "adapter.hook_in, projected"
 #: the stage at which tokens are called right or wrong
 REFERENCE = "adapter.hook_out"
+#: what the curve shows of (unit, metric), by the name that the figures know
+MEASURES = {
+    ("token", "accuracy"): "accuracy",
+    ("token", "mean_accuracy"): "mean_accuracy",
+    ("token", "miou"): "token_miou",
+    ("pixel", "miou"): "pixel_miou",
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ class Baseline:
     Attributes:
         probe, test: images the probes were fitted on, and images everything is reported on.
         bank: the frozen probes of all stages.
-        classes: names of the classes.
+        fitting: how they were fitted, for those that fit their own.
         predicted: `{stage: [n_images, n_tokens]}` the probes' classes on the test images.
         predicted_probe: the same on the probe images, at the reference stage only.
         reference: the stage at which tokens are called right or wrong.
@@ -61,29 +61,34 @@ class Baseline:
     probe: Split
     test: Split
     bank: ProbeBank
-    classes: tuple[str, ...]
+    fitting: Fitting
     predicted: dict[str, np.ndarray]
     predicted_probe: np.ndarray
     reference: str
     readout: str
 
     @classmethod
-    def fit(cls, probe: Split, test: Split, classes: tuple[str, ...]) -> Baseline:
+    def fit(cls, probe: Split, test: Split, fitting: Fitting | None = None) -> Baseline:
         """Probes behind the adapter and at the end, and what they read: all that short scripts
         need, and little for a hosted model to send back."""
         reference, readout = REFERENCE, probe.model.stages[-1]
-        states = probe.read([reference, readout])
-        bank = fit_bank(probe, states, classes)
+        fitting = fitting or Fitting()
+        bank = probe.fit([reference, readout], fitting=fitting)
         return cls(
             probe=probe,
             test=test,
             bank=bank,
-            classes=classes,
+            fitting=fitting,
             predicted=test.judge(bank),
-            predicted_probe=bank.predict(reference, states[reference]).numpy(),
+            predicted_probe=probe.judge(bank.only([reference]))[reference],
             reference=reference,
             readout=readout,
         )
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.test.classes
 
     def right(self, stage: str) -> np.ndarray:
         """`[n_images, n_tokens]` bool: labelled tokens that the probe at `stage` gets right."""
@@ -127,17 +132,11 @@ class Baseline:
         return np.asarray((said == self.test.labels) & self.test.labelled)
 
 
-def fit_bank(split: Split, states: dict[str, Tensor], classes: tuple[str, ...]) -> ProbeBank:
-    """Probes of all stages in `states`, on all labelled tokens of a split."""
-    flat = {stage: state.flatten(0, 1) for stage, state in states.items()}
-    return ProbeBank.fit(flat, torch.from_numpy(split.labels).flatten(), classes)
-
-
 def recovery(
     probe: Split,
     test: Split,
-    classes: tuple[str, ...],
     *,
+    fitting: Fitting | None = None,
     seed: int = 0,
     on_batch: Progress | None = None,
 ) -> tuple[Baseline, list[Result]]:
@@ -145,51 +144,58 @@ def recovery(
 
     Returns:
         The baseline for the other studies, and two results ("drop_off", "recovery"); the tables
-        `stages` and `references` are in the first.
+        `stages`, `groups` and `references` are in the first.
 
     Raises:
         NotHere: a hosted model, whose weights cannot be shuffled; `Baseline.fit` needs none.
     """
     model = probe.model
     model.require_weights("the control with shuffled weights")
-    states = probe.read(model.stages, on_batch=on_batch)
-    bank = fit_bank(probe, states, classes)
-    squeeze = random_projection(states["adapter.hook_in"].shape[-1], model.cfg.d_model, seed)
-    squeezed = None
-    if squeeze is not None:
-        squeezed = fit_bank(probe, {SQUEEZED: states["adapter.hook_in"] @ squeeze}, classes)
-    predicted_probe = bank.predict(REFERENCE, states[REFERENCE]).numpy()
-    del states
-    states = test.read(model.stages, on_batch=on_batch)
-    table = [
-        row
-        for order, stage in enumerate(model.stages)
-        for row in _scores(test, bank, stage, states[stage], order, _kind(stage), model, seed)
-    ]
+    fitting = fitting or Fitting()
+    width = probe.stream(["adapter.hook_in"]).widths["adapter.hook_in"]
+    squeeze = random_projection(width, model.cfg.d_model, seed)
+    made = {} if squeeze is None else {SQUEEZED: ("adapter.hook_in", squeeze)}
+    stages = model.stages
+    fitted = fitting.fit(probe.stream(stages, on_batch=on_batch, projections=made)).bank
+    scores = Scores(
+        stages, test.classes, pixels=True, majority=_most_frequent(probe), seed=seed,
+        shape=test.shape,
+    )  # fmt: skip
+    said = test.said(bank_rows(fitted), scores=[scores], on_batch=on_batch, projections=made)
+    squeezed = said.pop(SQUEEZED, None)
+    bank = fitted.only(stages)
     baseline = Baseline(
         probe=probe,
         test=test,
         bank=bank,
-        classes=classes,
-        predicted={s: bank.predict(s, state).numpy() for s, state in states.items()},
-        predicted_probe=predicted_probe,
+        fitting=fitting,
+        predicted=said,
+        predicted_probe=probe.judge(bank.only([REFERENCE]))[REFERENCE],
         reference=REFERENCE,
-        readout=model.stages[-1],
+        readout=stages[-1],
     )
-    squeezed_right = None
-    if squeezed is not None and squeeze is not None:
-        said = squeezed.predict(SQUEEZED, states["adapter.hook_in"] @ squeeze)
-        squeezed_right = baseline.hits(said.numpy())
-    shuffled, shuffled_right = _shuffled_llm(
-        probe, test, classes, len(model.stages), seed, on_batch
-    )
-    tables = {"stages": pd.DataFrame(table + shuffled), "references": _references(probe, test)}
+    kinds = {stage: kind_of(stage) for stage in stages}
+    curves = [_curve(scores.table(), model, kinds)]
+    shuffled_right = None
+    try:
+        control, control_said = _shuffled_llm(probe, test, fitting, seed, on_batch)
+    except Untestable:
+        pass  # said in the finding
+    else:
+        shuffled_right = baseline.hits(control_said)
+        curves.append(_curve(control, model, dict.fromkeys(_blocks(model), "random_llm")))
+    tables = {
+        "stages": pd.concat(curves, ignore_index=True),
+        "groups": _groups(scores.table(), stages),
+        "references": _references(scores),
+    }
+    squeezed_right = None if squeezed is None else baseline.hits(squeezed)
     return baseline, _findings(baseline, shuffled_right, squeezed_right, tables, seed)
 
 
 def _findings(
     base: Baseline,
-    shuffled_right: np.ndarray,
+    shuffled_right: np.ndarray | None,
     squeezed_right: np.ndarray | None,
     tables: dict[str, pd.DataFrame],
     seed: int,
@@ -204,23 +210,26 @@ def _findings(
     )
     drop = difference(after, before, seed)
     rise = difference(end, after, seed)
-    control = difference(counts(shuffled_right), after, seed)
-    beyond = difference(end, counts(shuffled_right), seed)
+    control = beyond = None
+    if shuffled_right is not None:
+        control = difference(counts(shuffled_right), after, seed)
+        beyond = difference(end, counts(shuffled_right), seed)
     width = None if squeezed_right is None else difference(counts(squeezed_right), before, seed)
     figures = {}
     drop_holds = drop.high < 0
     if squeezed_right is not None:
         figures["drop_beyond_width"] = difference(after, counts(squeezed_right), seed)
         drop_holds = drop_holds and figures["drop_beyond_width"].high < 0
-    rise_holds = rise.low > 0 and beyond.low > 0
+    rise_holds = rise.low > 0 and beyond is not None and beyond.low > 0
     drop_text = (
         f"Token accuracy changes by {points(drop)} points at the adapter"
         + ("" if width is None else f"; a random projection to its width costs {points(width)}")
         + ("." if drop_holds else ". So no drop is told from none here.")
     )
-    rise_text = (
-        f"Over the language model it changes by {points(rise)} points; with the language model's "
-        f"weights shuffled, by {points(control)}."
+    rise_text = f"Over the language model it changes by {points(rise)} points; " + (
+        "its control is missing: weights that are quantised, or not in memory, cannot be shuffled."
+        if control is None
+        else f"with the language model's weights shuffled, by {points(control)}."
     )
     return [
         Result(
@@ -245,89 +254,65 @@ def _findings(
                 rise_text,
             ),
             {},
-            {"recovery_beyond_shuffled": beyond},
+            {} if beyond is None else {"recovery_beyond_shuffled": beyond},
         ),
     ]
 
 
-def _scores(
-    test: Split,
-    bank: ProbeBank,
-    stage: str,
-    state: Tensor,
-    order: int,
-    kind: str,
-    model: MLLM,
-    seed: int,
-) -> list[dict[str, Any]]:
-    """Table rows of one stage: token accuracy, token-mIoU and pixel-mIoU with intervals."""
-    logits = bank.logits(stage, state)
-    tokens = confusion_per_image(test.labels, logits.argmax(-1).numpy(), test.n_classes)
-    pixels = pixel_confusion(logits.unflatten(1, test.shape), test.masks)
-    measured = {
-        "accuracy": bootstrap(accuracy, tokens, seed=seed),
-        "token_miou": bootstrap(mean_iou, tokens, seed=seed),
-        "pixel_miou": bootstrap(mean_iou, pixels, seed=seed),
-    }
-    row = {
-        "stage": stage,
-        "label": label(stage),
-        "order": order,
-        "kind": kind,
-        "on_path": not model.off_path(stage),
-    }
-    return [{**row, "metric": m, **interval.as_dict()} for m, interval in measured.items()]
+def _curve(table: pd.DataFrame, model: MLLM, kinds: dict[str, str]) -> pd.DataFrame:
+    """Rows of the table `stages`: what `Scores.table` tells of all tokens and pixels."""
+    rows = table[(table["group"] == "all") & table["stage"].isin(list(kinds))]
+    rows = rows[[(unit, metric) in MEASURES for unit, metric in zip(rows["unit"], rows["metric"])]]
+    stages = rows["stage"].tolist()
+    order = {stage: number for number, stage in enumerate(model.stages)}
+    return pd.DataFrame(
+        {
+            "stage": stages,
+            "label": [label(stage) for stage in stages],
+            "order": [order[stage] for stage in stages],
+            "kind": [kinds[stage] for stage in stages],
+            "on_path": [not model.off_path(stage) for stage in stages],
+            "metric": [MEASURES[pair] for pair in zip(rows["unit"], rows["metric"], strict=True)],
+            **{name: rows[name].tolist() for name in ("estimate", "low", "high")},
+        }
+    )
 
 
-def _references(probe: Split, test: Split) -> pd.DataFrame:
+def _groups(table: pd.DataFrame, stages: Sequence[str]) -> pd.DataFrame:
+    """Token accuracy by where tokens lie: at boundaries or inside, early or late."""
+    at = (table["group"] != "all") & (table["metric"] == "accuracy") & table["stage"].isin(stages)
+    rows = table[at].drop(columns=["unit"]).reset_index(drop=True)
+    return rows.assign(order=[list(stages).index(stage) for stage in rows["stage"]])
+
+
+def _references(scores: Scores) -> pd.DataFrame:
     """Floor and ceiling of each metric."""
-    floor = majority_floor(probe.labels, test.labels)
-    ceiling = ceiling_confusion(
-        test.labels.reshape(-1, *test.shape), test.masks, test.n_classes
-    ).sum(0)
+    ceiling = scores.interval(CEILING, "miou", unit="pixel").estimate
     values = [
-        ("majority_floor", "accuracy", floor),
+        ("majority_floor", "accuracy", scores.interval(FLOOR, "accuracy").estimate),
         ("token_ceiling", "accuracy", 1.0),
         ("token_ceiling", "token_miou", 1.0),
-        ("token_ceiling", "pixel_miou", float(mean_iou(ceiling))),
+        ("token_ceiling", "pixel_miou", ceiling),
     ]
     return pd.DataFrame(values, columns=["name", "metric", "estimate"])
 
 
+def _most_frequent(split: Split) -> int:
+    """The class of most labelled tokens."""
+    return int(np.bincount(split.labels[split.labelled], minlength=split.n_classes).argmax())
+
+
+def _blocks(model: MLLM) -> list[str]:
+    return [stage for stage in model.stages if stage.startswith("blocks.")]
+
+
 def _shuffled_llm(
-    probe: Split,
-    test: Split,
-    classes: tuple[str, ...],
-    order: int,
-    seed: int,
-    on_batch: Progress | None,
-) -> tuple[list[dict[str, Any]], np.ndarray]:
-    """The control's rows, and which test tokens it gets right at its last block."""
-    model = shuffled_llm(probe.model, seed)
-    stages = [stage for stage in model.stages if stage.startswith("blocks.")]
-    first = order - len(stages)
-    bank = fit_bank(probe, probe.read(stages, model=model, on_batch=on_batch), classes)
-    states = test.read(stages, model=model, on_batch=on_batch)
-    table = [
-        row
-        for i, stage in enumerate(stages)
-        for row in _scores(test, bank, stage, states[stage], first + i, "random_llm", model, seed)
-    ]
-    said = bank.predict(stages[-1], states[stages[-1]]).numpy()
-    return table, np.asarray((said == test.labels) & test.labelled)
-
-
-def label(stage: str) -> str:
-    """A stage's name for people: "vision 1", "adapter out", "LLM 3"."""
-    if stage.startswith("adapter."):
-        return "adapter in" if stage.endswith("in") else "adapter out"
-    if stage == "vision.hook_embed":
-        return "vision embedding"
-    number = stage.split(".")[-2]
-    return f"vision {number}" if stage.startswith("vision.") else f"LLM {number}"
-
-
-def _kind(stage: str) -> str:
-    if stage.startswith("vision."):
-        return "vision"
-    return "adapter" if stage.startswith("adapter.") else "llm"
+    probe: Split, test: Split, fitting: Fitting, seed: int, on_batch: Progress | None
+) -> tuple[pd.DataFrame, np.ndarray]:
+    """The control's scores, and what its probe says of the test tokens at its last block."""
+    with shuffled_llm(probe.model, seed) as model:
+        stages = _blocks(model)
+        bank = fitting.fit(probe.stream(stages, on_batch=on_batch)).bank
+        scores = Scores(stages, test.classes, pixels=True, seed=seed, shape=test.shape)
+        said = test.said(bank_rows(bank), scores=[scores], on_batch=on_batch)
+    return scores.table(), said[stages[-1]]

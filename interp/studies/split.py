@@ -4,12 +4,13 @@ Everything a study says is about image tokens in grid order, so its arrays are `
 Where a family looks at a picture twice, as a whole and in tiles, the tokens are those of the finest
 look; where its adapter merges patches, a stage before it has the mean of each token's patches.
 `Split.read` runs the model over the batches and collects states, with edits that may differ from
-image to image; nothing else in the studies opens a model.
+image to image; `Split.stream` hands them out batch by batch, so that probes are fitted on what no
+memory could hold (`Split.fit`). Nothing else in the studies opens a model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,11 @@ from interp.inputs import Inputs
 from interp.labels import IGNORE
 from interp.model import MLLM
 from interp.probes import ProbeBank
+from interp.probes.fitting import Fitting
+from interp.probes.parts import Part
+from interp.probes.reading import ModelStream
+from interp.probes.scores import Scores
+from interp.probes.scoring import Rows, score
 
 #: number of a batch -> its edits
 EditsOf = Callable[[int], Sequence[MaskEdit]]
@@ -39,23 +45,23 @@ class Split:
         name: of the dataset and split.
         model: the model they were prepared for.
         batches: the prepared batches, in order.
-        masks: `[n_images, height, width]` class numbers.
+        masks: one `[height, width]` an image, class numbers.
         labels: `[n_images, n_tokens]` int64, majority class; `IGNORE` where nothing is labelled.
         purity: `[n_images, n_tokens]` share of that class in the token.
         marks: `[n_images, n_tokens]` bool, tokens that carry a mark (bundled scenes only), or None.
         names: of the images.
-        n_classes: how many classes there are.
+        classes: their names.
     """
 
     name: str
     model: MLLM
     batches: tuple[Inputs, ...]
-    masks: np.ndarray
+    masks: tuple[np.ndarray, ...]
     labels: np.ndarray
     purity: np.ndarray
     marks: np.ndarray | None
     names: tuple[str, ...]
-    n_classes: int
+    classes: tuple[str, ...]
 
     @classmethod
     def prepare(
@@ -64,43 +70,56 @@ class Split:
         """The first `n` samples of `data`, in batches.
 
         Raises:
-            ValueError: fewer samples than asked for, or images whose grids differ.
+            ValueError: fewer samples than asked for, or images whose grids differ (the model looks
+                at them in their own sizes: bring them to one, as `interp.datasets.resized` does).
         """
         if not 2 <= n <= len(data):
             raise ValueError(
                 f"{n} images asked of {data.name}, which has {len(data)}; a study needs at least 2"
             )
-        samples = [data[i] for i in range(n)]
         n_classes = len(data.classes)
-        batches, labels, purity = [], [], []
+        batches: list[Inputs] = []
+        labels, purity, masks, names, marks = [], [], [], [], []
         for start in range(0, n, batch_size):
-            part = samples[start : start + batch_size]
+            part = [data[i] for i in range(start, min(start + batch_size, n))]
             x = model.prepare([sample.image for sample in part], question).select("finest")
-            if not x.grid.uniform:
-                raise ValueError("a study needs images that share one token grid")
-            masks = [sample.mask for sample in part]
-            shape = (len(part), -1)
-            labels.append(x.grid.labels(masks, n_classes).reshape(shape))
-            purity.append(x.grid.purity(masks, n_classes).reshape(shape))
+            first = (batches[0] if batches else x).grid
+            if not x.grid.uniform or x.grid.shapes[0] != first.shapes[0]:
+                others = sorted({*first.shapes, *x.grid.shapes})
+                raise ValueError(
+                    f"pictures of {data.name} have token grids of {others[0]} and {others[-1]}; a "
+                    "study compares tokens by their place in one grid. Bring the pictures to one "
+                    "size: resized(data, (width, height)), on the command line --resize 448x448"
+                )
+            shares = x.grid.fractions([sample.mask for sample in part], n_classes)
+            shares = shares.reshape(len(part), -1, n_classes)
+            labels.append(np.where(shares.any(2), shares.argmax(2), IGNORE).astype(np.int64))
+            purity.append(shares.max(2))
             batches.append(x)
-        marks = None
-        # marks are known by drawn patch; they are the model's tokens only if the grids agree
-        if hasattr(samples[0], "marks") and samples[0].marks.shape == batches[0].grid.shapes[0]:
-            marks = np.stack([sample.marks.reshape(-1) for sample in samples])
+            names += [sample.name for sample in part]
+            # narrow, since masks of all pictures stay in memory; signed, so nothing wraps
+            masks += [sample.mask.astype(np.int16) for sample in part]
+            # marks are known by drawn patch; they are the model's tokens only if the grids agree
+            marks += [sample.marks.ravel() for sample in part if _marked(sample, first.shapes[0])]
         return cls(
             name=f"{data.name}/{data.split}",
             model=model,
             batches=tuple(batches),
-            masks=np.stack([sample.mask for sample in samples]),
+            masks=tuple(masks),
             labels=np.concatenate(labels),
             purity=np.concatenate(purity),
-            marks=marks,
-            names=tuple(sample.name for sample in samples),
-            n_classes=n_classes,
+            marks=np.stack(marks) if len(marks) == n else None,
+            names=tuple(names),
+            classes=tuple(data.classes),
         )
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def n_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.classes)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -178,6 +197,98 @@ class Split:
             counts.append(at[x.grid.row, x.grid.position].reshape(len(x), -1))
         return np.concatenate(counts)
 
+    def parts(self, numbers: Iterable[int]) -> Iterator[Part]:
+        """Batches with their labels, by number (see `interp.probes.parts`)."""
+        at = [images for _, images in self.slices()]
+        for number in numbers:
+            here = at[number]
+            yield Part(
+                number,
+                self.batches[number],
+                self.masks[here],
+                self.names[here],
+                self.labels[here].ravel(),
+                self.purity[here].ravel(),
+            )
+
+    @property
+    def n_parts(self) -> int:
+        """How many batches."""
+        return len(self.batches)
+
+    def stream(
+        self,
+        stages: Sequence[str],
+        edits: EditsOf | None = None,
+        *,
+        model: MLLM | None = None,
+        on_batch: Progress | None = None,
+        **options: Any,
+    ) -> ModelStream:
+        """The image tokens of all images at some stages, batch by batch.
+
+        Args:
+            stages: hook names.
+            edits: what to change in each batch.
+            model: another model with the same inputs (a control), instead of the split's own.
+            on_batch: called with the number of images done.
+            options: further ones of `ModelStream`.
+        """
+        by_part = None if edits is None else lambda part: edits(part.number)
+        return ModelStream(
+            model or self.model, self, stages, edits=by_part, on_run=on_batch, **options
+        )
+
+    def fit(
+        self,
+        stages: Sequence[str],
+        edits: EditsOf | None = None,
+        *,
+        fitting: Fitting | None = None,
+        on_batch: Progress | None = None,
+    ) -> ProbeBank:
+        """Probes at some stages, on all labelled tokens.
+
+        Args:
+            stages: hook names.
+            edits: what to change in each batch.
+            fitting: how; the default of `interp.probes.fitting` if None.
+            on_batch: called with the number of images done.
+        """
+        return (fitting or Fitting()).fit(self.stream(stages, edits, on_batch=on_batch)).bank
+
+    def said(
+        self,
+        rows: Rows,
+        edits: EditsOf | None = None,
+        *,
+        scores: Sequence[Scores] = (),
+        model: MLLM | None = None,
+        on_batch: Progress | None = None,
+        **options: Any,
+    ) -> dict[str, np.ndarray]:
+        """Classes that probes read of all images, `{row: [n_images, n_tokens]}`, in one pass.
+
+        Args:
+            rows: row -> the stage that is read, and the bank that reads it.
+            edits: what to change in each batch.
+            scores: to be added to.
+            model: another model with the same inputs, instead of the split's own.
+            on_batch: called with the number of images done.
+            options: further ones of `ModelStream`.
+        """
+        made = options.get("projections") or {}
+        stages = [s for s in dict.fromkeys(stage for stage, _ in rows.values()) if s not in made]
+        stream = self.stream(stages, edits, model=model, on_batch=on_batch, **options)
+        found: dict[str, list[np.ndarray]] = {row: [] for row in rows}
+
+        def keep(part: Part, logits: dict[str, Tensor]) -> None:
+            for row, values in logits.items():
+                found[row].append(values.argmax(-1).cpu().numpy().reshape(len(part.names), -1))
+
+        score(stream, rows, scores, on_part=keep)
+        return {row: np.concatenate(parts) for row, parts in found.items()}
+
     def read(
         self,
         stages: Sequence[str],
@@ -186,23 +297,16 @@ class Split:
         model: MLLM | None = None,
         on_batch: Progress | None = None,
     ) -> dict[str, Tensor]:
-        """Image-token states `{stage: [n_images, n_tokens, d]}` of all images.
+        """Image-token states `{stage: [n_images, n_tokens, d]}` of all images; mind the memory.
 
-        Args:
-            stages: hook names.
-            edits: what to change in each batch.
-            model: another model with the same inputs (a control), instead of the split's own.
-            on_batch: called with the number of images done.
+        Args: as of `stream`.
         """
-        model = model or self.model
+        stream = self.stream(stages, edits, model=model, on_batch=on_batch)
         parts: dict[str, list[Tensor]] = {stage: [] for stage in stages}
-        for number, x in enumerate(self.batches):
-            changes = edits(number) if edits else ()
-            run = model.run(x, *changes, read=stages, keep="tokens", logits=False, mass=False)
+        for _, tokens in stream.read(range(self.n_parts)):
             for stage in stages:
-                parts[stage].append(run[stage].float().cpu())
-            if on_batch:
-                on_batch(len(x))
+                state = tokens.features[stage].float().cpu()
+                parts[stage].append(state.unflatten(0, (-1, self.n_tokens)))
         return {stage: torch.cat(found) for stage, found in parts.items()}
 
     def judge(
@@ -231,3 +335,7 @@ class Split:
     def counts(self, hits: np.ndarray, among: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Per image: how many of the tokens `among` are hits, and how many there are."""
         return (hits & among).sum(1), among.sum(1)
+
+
+def _marked(sample: Any, shape: tuple[int, int]) -> bool:
+    return hasattr(sample, "marks") and sample.marks.shape == shape

@@ -10,7 +10,7 @@ folder with a manifest is a finished run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,14 @@ import pandas as pd
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from interp.datasets import scenes
+from interp.datasets import Data, open_data, resized
 from interp.edits import Knockout
 from interp.errors import Untestable
 from interp.model import MLLM
+from interp.probes.fitting import Fitting
+from interp.probes.parts import QUESTION
 from interp.report import write_report
+from interp.report.pictures import picture_file
 from interp.runs import RunFolder
 from interp.studies import heads as heads_study
 from interp.studies import knockout as knockout_study
@@ -35,7 +38,6 @@ from interp.studies.recovery import Baseline, recovery
 from interp.studies.result import Result, untestable
 from interp.studies.split import Split
 
-QUESTION = "What is in the picture?"
 N_PICTURES = 8
 KEYS = ("drop_off", "recovery", "knockout", "heads", "bidirectional")
 
@@ -46,9 +48,12 @@ class StudyArguments:
 
     Attributes:
         model: as it was given on the command line, or a name for a module.
-        data: the dataset.
+        data: the dataset, as `interp.datasets.open_data` takes it.
         n_probe: images the probes are fitted on.
         n_test: images everything is reported on.
+        resize: (width, height) that pictures and masks are brought to first, or None. Families
+            that look at pictures in their own sizes need it: a study has one token grid.
+        fitting: how probes are fitted.
         question: the prompt; image tokens precede it, so it does not change their states.
         batch_size: images in one forward pass.
         seed: of every random draw.
@@ -60,6 +65,8 @@ class StudyArguments:
     n_test: int = 300
     question: str = QUESTION
     batch_size: int = 50
+    resize: tuple[int, int] | None = None
+    fitting: Fitting = field(default_factory=Fitting)
     seed: int = 0
 
 
@@ -80,9 +87,10 @@ def study(
         overwrite: replace another study's files in `out`.
         quiet: no progress bars.
     """
-    folder = RunFolder.create(out, arguments=asdict(arguments), overwrite=overwrite)
-    test_data, probe_data = scenes("test"), scenes("probe")
     a = arguments
+    data = at_one_size(open_data(a.data), a.resize)
+    probe_data, test_data = data
+    folder = RunFolder.create(out, arguments=asdict(a), overwrite=overwrite)
     with _bars(quiet) as bars:
         prepare = bars.add_task("preparing the pictures", total=2)
         probe = Split.prepare(model, probe_data, a.n_probe, a.question, batch_size=a.batch_size)
@@ -97,7 +105,7 @@ def study(
         # images forwarded: recovery reads both splits twice (the model, its shuffled control)
         both = a.n_probe + a.n_test
         base, results = recovery(
-            probe, test, test_data.classes, seed=a.seed, on_batch=step("1 recovery", 2 * both)
+            probe, test, fitting=a.fitting, seed=a.seed, on_batch=step("1 recovery", 2 * both)
         )
         cuts = knockout_study.passes(model, test.marks is not None)
         for name, title, claim, n_images in (
@@ -117,8 +125,8 @@ def study(
             folder.write_table(name, table)
     folder.write_table("tokens", _tokens(base))
     for image in range(min(N_PICTURES, len(test))):
-        picture = test_data[image].image
-        folder.write_bytes(f"pictures/{test.names[image].replace('/', '-')}.png", _png(picture))
+        picture = seen_part(test_data[image].image, test, image)
+        folder.write_bytes(picture_file(test.names[image]), _png(picture))
     with folder.writing("probes.safetensors") as path:
         base.bank.save(path)
     folder.write_json("summary.json", summary)
@@ -184,6 +192,18 @@ def _tokens(base: Baseline) -> pd.DataFrame:
             **{name: values[image, token] for name, values in said.items()},
         }
     )
+
+
+def at_one_size(data: Data, size: tuple[int, int] | None) -> Data:
+    """Both splits with pictures and masks of one size, if one is given."""
+    return data if size is None else Data(*(resized(split, size) for split in data))
+
+
+def seen_part(picture: Image.Image, split: Split, image: int) -> Image.Image:
+    """What the tokens of an image cover: without what the processor cuts off, with its padding."""
+    x, at = next((x, at) for x, at in split.slices() if at.start <= image < at.stop)
+    box = x.grid.box[x.grid.of_image(image - at.start)]
+    return picture.crop((*box[:, :2].min(0).round(), *box[:, 2:].max(0).round()))
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -202,7 +202,7 @@ def random_bank(model: MLLM, x: Inputs, seed: int = 0) -> ProbeBank:
         weights[name] = torch.randn(4, width, generator=generator) / scale
         intercepts[name] = torch.randn(4, generator=generator) * 0.1
     ones, true = dict.fromkeys(weights, 1), dict.fromkeys(weights, True)
-    return ProbeBank(tuple(weights), CLASSES, weights, intercepts, (True,) * 4, 1.0, ones, true)
+    return ProbeBank(tuple(weights), CLASSES, weights, intercepts, (True,) * 4, ones, true)
 
 
 def load(name: str, dtype: torch.dtype = torch.float32, n_images: int = 2, **change: Any) -> Any:

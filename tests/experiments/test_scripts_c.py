@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 from interp import Knockout
 from interp.datasets import scenes
 from interp.errors import EditHadNoEffect
+from interp.probes.fitting import Fitting
 from interp.studies import Split
 from interp.studies.bidirectional import opened
 from interp.studies.conditions import anchor_edges
 from interp.studies.knockout import share_gone
-from interp.studies.recovery import Baseline, fit_bank, recovery
+from interp.studies.recovery import Baseline, recovery
 from interp.studies.result import difference, points
 from tests.zoo import build
 
@@ -62,11 +63,11 @@ def base(splits, tiny):
     """What `recovery` gives, at the two stages that the scripts look at: its controls take long."""
     probe, test = splits["probe"], splits["test"]
     adapter, end = "adapter.hook_out", tiny.stages[-1]
+    bank = probe.fit([adapter, end])
     states, seen = probe.read([adapter, end]), test.read([adapter, end])
-    bank = fit_bank(probe, states, scenes("test").classes)
     said = {stage: bank.predict(stage, state).numpy() for stage, state in seen.items()}
     on_probe = bank.predict(adapter, states[adapter]).numpy()
-    return Baseline(probe, test, bank, scenes("test").classes, said, on_probe, adapter, end)
+    return Baseline(probe, test, bank, Fitting(), said, on_probe, adapter, end)
 
 
 @pytest.fixture
@@ -144,7 +145,7 @@ def test_look_ahead_runs_from_causal_to_the_whole_image_block(run, tiny):
     end = test.model.stages[-1]
     said = {}
     for name, edits in (("causal", [None, None]), ("block", [opened(probe), opened(test)])):
-        bank = fit_bank(probe, probe.read([end], edits[0]), scenes("test").classes)
+        bank = probe.fit([end], edits[0])
         said[name] = bank.predict(end, test.read([end], edits[1])[end]).numpy() == test.labels
     counts = {name: test.counts(hits, test.labelled) for name, hits in said.items()}
     gain = rows("all " + points(difference(counts["block"], counts["causal"], 0)))["all"][0]

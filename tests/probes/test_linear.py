@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from interp.probes import solver
+from interp.probes import source
 from interp.probes.linear import LinearProbe
 from interp.probes.solver import fit_logistic
 
@@ -104,7 +104,7 @@ def test_same_input_same_bytes_and_features_untouched():
 def test_chunks_change_nothing(monkeypatch):
     x, y = map(torch.tensor, states(2, 500, 10, 4))
     whole = fit_logistic(x.double(), y, 4)
-    monkeypatch.setattr(solver, "_chunk", lambda x, per_token: 64)
+    monkeypatch.setattr(source, "chunk_size", lambda z, n_classes=1: 64)
     parts = fit_logistic(x.double(), y, 4)
     torch.testing.assert_close(whole.weight, parts.weight, rtol=1e-6, atol=1e-8)
 

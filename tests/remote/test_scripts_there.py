@@ -17,7 +17,6 @@ from interp.attribution import (
 )
 from interp.datasets import scenes
 from interp.studies import Split
-from interp.studies.recovery import fit_bank
 from tests.experiments.test_scripts_c import QUESTION, script
 
 #: script -> (pictures, words of its table); fewer pictures leave nothing to cut
@@ -63,7 +62,7 @@ def table(made):
 def bank(tiny):
     probe = Split.prepare(tiny, scenes("probe"), 60, QUESTION, batch_size=20)
     stages = ["adapter.hook_out", tiny.stages[-1]]
-    return fit_bank(probe, probe.read(stages), scenes("probe").classes)
+    return probe.fit(stages)
 
 
 def test_heads_are_found_alike(tiny, hosted, served, bank):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from html import unescape
-from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -16,32 +14,13 @@ from plotly.offline import get_plotlyjs
 
 from interp.errors import RunNotFound, TableError
 from interp.report import write_report
-from interp.report.figures import FIGURES
 from interp.report.pictures import MAX_SIDE, strips
+from interp.report.study_page import STUDY
 from interp.report.tables import COLUMNS, load_summary, load_tables
 from interp.runs import RunFolder
+from tests.report import golden, probed
+from tests.report.reading import Tags, assert_nothing_is_fetched, drawn
 from tests.report.synthetic import summary, tables, write_folder
-
-
-class Tags(HTMLParser):
-    """Tags with their attributes, and the text inside <style>."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.style = ""
-        self._in_style = False
-        self.feed(html)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self._in_style = tag == "style"
-
-    def handle_endtag(self, tag):
-        self._in_style = False
-
-    def handle_data(self, data):
-        self.style += data if self._in_style else ""
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +41,6 @@ def body(html):
     return html.replace(get_plotlyjs(), "")
 
 
-def drawn(body: str, name: str) -> dict:
-    found = re.search(rf'<script type="application/json" id="{name}-data">(.*?)</script>', body)
-    assert found, f"no data for {name}"
-    return json.loads(found[1])
-
-
 def small_run(path, **frames: pd.DataFrame) -> RunFolder:
     folder = RunFolder.create(path, arguments={"model": "tiny", "data": "scenes"})
     for name, table in frames.items():
@@ -78,21 +51,12 @@ def small_run(path, **frames: pd.DataFrame) -> RunFolder:
 
 def test_nothing_is_fetched(html, body):
     assert html.count(get_plotlyjs()) == 1
-    page = Tags(body)
-    assert not [tag for tag, _ in page.tags if tag in {"link", "iframe", "img", "base", "object"}]
-    for tag, attributes in page.tags:
-        for key in ("src", "href", "xlink:href", "srcset", "data", "action"):
-            address = attributes.get(key)
-            assert address is None or address.startswith(("#", "data:image/")), (tag, address)
-    assert "http" not in page.style
-    assert "@import" not in page.style
-    assert "url(" not in page.style
-    assert not re.search(r"https?://", re.sub(r'"[^"]*"', "", body))
+    assert_nothing_is_fetched(body)
 
 
 def test_every_figure_is_there_with_its_caption(body):
     ids = {attributes.get("id") for _, attributes in Tags(body).tags}
-    for figure in FIGURES:
+    for figure in STUDY.figures:
         assert figure.name in ids
         data = drawn(body, figure.name)
         assert data["data"], figure.name
@@ -122,6 +86,25 @@ def test_figures_show_what_the_tables_say(body):
     assert "vision.blocks.2.hook_resid_post" not in path["text"]
     assert len(off["y"]) == 2  # from the layer that is read to the one that is not
     assert off["marker"]["color"] == "white"
+
+
+def test_groups_are_drawn_with_the_stages_of_the_path(body):
+    """The study's table tells neither kind nor path of a stage; the table `stages` does."""
+    rows = tables()["groups"].query("stage != 'vision.blocks.2.hook_resid_post'")
+    traces = {t["name"]: t for t in drawn(body, "fig-groups")["data"] if "name" in t}
+    assert set(traces) == {"interior", "boundary", "early", "late"}
+    for group, trace in traces.items():
+        part = rows[rows["group"] == group].sort_values("order")
+        assert trace["x"] == part["order"].tolist()
+        assert trace["y"] == pytest.approx(part["estimate"].tolist())
+        assert [high for _, _, high in trace["customdata"]] == pytest.approx(part["high"].tolist())
+    panels = {name: trace["xaxis"] for name, trace in traces.items()}
+    assert panels["interior"] == panels["boundary"] != panels["early"] == panels["late"]
+
+
+def test_what_the_page_says_and_draws_is_what_it_was(body):
+    """Against the digests of `study_page.json`; `tests.report.golden` says how to renew them."""
+    assert golden.digests(body) == json.loads(golden.FILE.read_text())
 
 
 def test_the_layer_that_the_adapter_reads_is_marked(body):
@@ -185,12 +168,12 @@ def test_a_large_picture_is_scaled_down(tmp_path):
     assert len(scene.panels[0].svg) < 1.5 * MAX_SIDE**2
 
 
-@pytest.mark.parametrize("name", [n for n in COLUMNS if n != "references"])
+@pytest.mark.parametrize("name", [n for n in tables() if n != "references"])
 def test_a_missing_table_is_named_as_not_measured(tmp_path, name):
     frames = {n: t for n, t in tables().items() if n != name}
     body = write_report(small_run(tmp_path, **frames)).read_text().replace(get_plotlyjs(), "")
     assert "Not measured in this run" in body
-    for figure in FIGURES:
+    for figure in STUDY.figures:
         assert (f'id="{figure.name}"' in body) == (name not in figure.needs)
 
 
@@ -206,7 +189,9 @@ def test_an_empty_table_is_no_measurement(tmp_path):
 @pytest.mark.parametrize("name", COLUMNS)
 def test_a_missing_column_is_an_error_that_names_it(tmp_path, name):
     column = COLUMNS[name][-1]
-    folder = small_run(tmp_path, **{name: tables()[name].drop(columns=column)})
+    folder = small_run(
+        tmp_path, **{name: {**probed.tables(), **tables()}[name].drop(columns=column)}
+    )
     with pytest.raises(TableError, match=f"table {name} has no column {column}; it has "):
         write_report(folder)
     assert not (tmp_path / "report.html").exists()

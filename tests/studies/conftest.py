@@ -22,7 +22,7 @@ def splits(tiny):
 
 @pytest.fixture(scope="session")
 def recovered(splits):
-    return recovery(*splits, scenes("test").classes)
+    return recovery(*splits)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(tmp_path):
     ("arguments", "words"),
     [
         (["--out", "x", "--method", "guess"], "there are screen, direct, gradient, exact"),
-        (["--out", "x", "--data", "ade20k"], 'the bundled "scenes" are the data there are'),
+        (["--out", "x", "--data", "ade20k"], "says no place: ade20k:PATH"),
         (["--out", "x", "--sources", "sky"], "the kinds of groups"),
         (["--out", "x", "--end", "blocks.9.hook_resid_post"], "blocks.9"),
         ([], "--out is missing"),

@@ -10,7 +10,7 @@ from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
 
 from interp.studies.controls import random_projection, shuffled_llm
-from interp.studies.recovery import label
+from interp.studies.stages import label
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,10 @@ def test_every_stage_of_the_pipeline_is_there(recovered, tiny):
 
 
 def test_shuffled_control_changes_only_the_language_models_matrices(tiny):
-    control = shuffled_llm(tiny, seed=1)
-    before, after = tiny.module.state_dict(), control.module.state_dict()
+    before = {k: v.clone() for k, v in tiny.module.state_dict().items()}
+    with shuffled_llm(tiny, seed=1) as control:
+        after = {k: v.clone() for k, v in control.module.state_dict().items()}
+    assert all(torch.equal(before[k], v) for k, v in tiny.module.state_dict().items())
     assert before.keys() == after.keys()
     moved = {k for k in before if not torch.equal(before[k], after[k])}
     assert moved

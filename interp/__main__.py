@@ -1,0 +1,5 @@
+"""`python -m interp`, and `torchrun -m interp`: the command line."""
+
+from interp.cli import app
+
+app()
