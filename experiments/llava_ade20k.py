@@ -50,7 +50,7 @@ def main(
         )  # fmt: skip
         cost = plan(prepare(vlm, asked), asked, processes=world.size)
         if world.first:
-            say(str(cost))
+            print(cost)
         if dry_run:
             return
         probe_study(vlm, out / "probe", asked, world=world)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -266,6 +268,15 @@ def test_a_model_spread_over_places_gives_the_same_probes(tmp_path):
         banks.append(fit_ridge(ModelStream(model, source)).bank)
     for stage in banks[0].stages:
         assert torch.equal(banks[0].weight(stage), banks[1].weight(stage))
+
+
+def test_the_page_runs(capsys):
+    """The example of docs/probing.md, as written."""
+    page = (Path(__file__).parents[2] / "docs" / "probing.md").read_text()
+    example = re.search(r"```python\n(.*?)```", page, re.S)
+    assert example is not None
+    exec(compile(example[1], "docs/probing.md", "exec"), {})
+    assert "blocks.4.hook_resid_post" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("processes", [2, 3])
