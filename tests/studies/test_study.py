@@ -7,6 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from transformers import AutoProcessor, CLIPImageProcessorPil, LlavaProcessor
 from typer.testing import CliRunner
@@ -15,8 +16,10 @@ from interp import MLLM
 from interp.cli import app
 from interp.loading import BUNDLED
 from interp.probes import ProbeBank
+from interp.probes.fitting import Fitting
 from interp.runs import RunFolder
 from interp.studies.study import KEYS, StudyArguments, study
+from tests.datasets import drawn
 from tests.zoo import build
 
 SMALL = ["--n-probe", "30", "--n-test", "12"]
@@ -133,3 +136,34 @@ def test_a_family_with_more_in_its_stream(family, tmp_path):
         parts = folder.read_table("components").set_index("component")["estimate"]
         assert any(name.startswith("deepstack") for name in parts.index)
         assert parts.drop("margin").sum() == pytest.approx(parts["margin"], abs=1e-3)
+
+
+def test_on_pictures_of_many_sizes_as_the_model_crops_them(tmp_path):
+    """Drawn VOC: pictures of all sizes; what the processor cuts off is not on the page either."""
+    root, out = drawn.voc(tmp_path / "voc").root, tmp_path / "run"
+    options = ["--data", f"voc:{root}", "--out", str(out), "--n-probe", "5", "--n-test", "5"]
+    done = CliRunner().invoke(app, ["study", *options, "--solver", "ridge", "--batch-size", "1"])
+    assert done.exit_code == 0, done.output
+    folder = RunFolder.open(out)
+    summary = folder.read_json("summary.json")
+    assert summary["classes"][0] == "background"
+    assert set(summary["findings"]) == set(KEYS)
+    sizes = {Image.open(picture).size for picture in (out / "pictures").iterdir()}
+    assert all(abs(width - height) <= 1 for width, height in sizes)  # the middle square
+    stages = folder.read_table("stages")
+    assert {"accuracy", "mean_accuracy", "token_miou", "pixel_miou"} == set(stages["metric"])
+
+
+def test_a_model_that_looks_at_pictures_in_their_own_sizes_wants_one_size(tmp_path):
+    module, processor = build("qwen2.5-vl")
+    model = MLLM.load(module, processor=processor)
+    root = drawn.ade20k(tmp_path / "ade", size=(90, 60)).root
+    asked = {"model": "qwen", "data": f"ade20k:{root}", "n_probe": 5, "n_test": 5, "batch_size": 2}
+    several = drawn.ade20k(tmp_path / "several").root
+    with pytest.raises(ValueError, match=r"token grids of .* --resize 448x448"):
+        study(model, tmp_path / "no", StudyArguments(**asked | {"data": f"ade20k:{several}"}))
+    assert not (tmp_path / "no" / "manifest.json").exists()
+    arguments = StudyArguments(**asked, resize=(64, 64), fitting=Fitting("ridge", alphas=(0.1,)))
+    summary = study(model, tmp_path / "run", arguments, quiet=True)
+    assert set(summary["findings"]) == set(KEYS)
+    assert len(summary["classes"]) == 150
