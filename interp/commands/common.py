@@ -105,7 +105,9 @@ def steps(total: dict[str, int], *, quiet: bool = False) -> Iterator[Callable[[s
             task = tasks[step]
             if not bars.tasks[task].started:
                 bars.start_task(task)
-            bars.advance(task, more)
+            # the first part is looked at once more, for its units
+            at = bars.tasks[task]
+            bars.update(task, completed=min(at.completed + more, at.total or at.completed + more))
 
         yield tell
 

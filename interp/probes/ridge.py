@@ -168,11 +168,13 @@ def sums(
     precise: bool = False,
     world: World | None = None,
     hold_out: bool = True,
+    frame: Frame | None = None,
     progress: Progress | None = None,
 ) -> tuple[Moments, Moments | None]:
     """One pass: the sums of the shards that fit, and those of the shards that choose.
 
-    In processes other than the first, what comes back has the right shapes and no meaning.
+    They are taken in `frame`; None takes that of the stream's first part. In processes other than
+    the first, what comes back has the right shapes and no meaning.
     """
     world = world or World()
     n_shards = min(N_SHARDS, stream.n_parts)
@@ -185,7 +187,8 @@ def sums(
     is_held = [hold_out and s % every == every - 1 for s in range(n_shards)]
     place = [sum(h == is_held[s] for h in is_held[:s]) for s in range(n_shards)]
     piles = {held: Pile(max(1, is_held.count(held))) for held in (False, True)}
-    frame = Frame.of(next(stream.read([0]))[1]).shared(world)
+    if frame is None:
+        frame = Frame.of(next(iter(stream.read([0])))[1]).shared(world)
     others = frequencies(stream) if shuffled else None
     like: Moments | None = None
     # each kind of shard is shared out by itself, so that every process holds whole nodes

@@ -97,9 +97,13 @@ def fit_logistic_stream(
         elif place == "disk":
             needed = bytes_needed(n_tokens, stream.widths, n_soft)["disk"] // world.size
             store = stack.enter_context(Disk(tuple(stream.widths), folder, needed))
-        keeping = Keeping(stream, store, weights, world, n_tokens)
+        first = next(iter(stream.read([0])))[1]
+        frame = Frame.of(first).shared(world)
+        devices = {stage: x.device for stage, x in first.features.items()}
+        del first
+        keeping = Keeping(stream, store, weights, frame, n_tokens)
         told = None if progress is None else lambda part: progress(0, part)
-        moments, _ = sums(keeping, weights, hold_out=False, world=world, progress=told)
+        moments, _ = sums(keeping, weights, hold_out=False, world=world, frame=frame, progress=told)
         world.from_first_(*moments.tensors())
         seen = torch.nonzero(moments.y > 0).flatten()
         if len(seen) < 2:
@@ -110,7 +114,7 @@ def fit_logistic_stream(
             )
         kept = torch.tensor(float(keeping.store is not None))
         world.sum_(kept)
-        groups = _groups(stream, moments, keeping.devices, seen, components)
+        groups = _groups(stream, moments, devices, seen, components)
         if int(kept) == world.size:
             assert keeping.store is not None
             for group in groups:
@@ -133,20 +137,18 @@ def fit_logistic_stream(
 
 
 class Keeping:
-    """A stream that also puts what is read into a store, in units of the stream's first part."""
+    """A stream that also puts what is read into a store, in the units of a frame."""
 
     def __init__(
         self,
         stream: TokenStream,
         store: Store | None,
         weights: Tensor | None,
-        world: World,
+        frame: Frame,
         n_tokens: int,
     ) -> None:
-        self.stream, self.store, self.weights, self.world = stream, store, weights, world
+        self.stream, self.store, self.weights, self.frame = stream, store, weights, frame
         self._left, self._bound = n_tokens, n_tokens
-        self._frame: Frame | None = None
-        self.devices: Mapping[str, torch.device] = {}
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -163,12 +165,6 @@ class Keeping:
         """See `TokenStream`."""
         return self.stream.n_parts
 
-    @property
-    def frame(self) -> Frame:
-        """The units."""
-        assert self._frame is not None, "nothing has been read"
-        return self._frame
-
     def labels(self, parts: Iterable[int]) -> Iterator[tuple[int, Tokens]]:
         """See `TokenStream`."""
         return self.stream.labels(parts)
@@ -176,11 +172,7 @@ class Keeping:
     def read(self, parts: Iterable[int]) -> Iterator[tuple[int, Tokens]]:
         """See `TokenStream`."""
         for part, tokens in self.stream.read(parts):
-            if self._frame is None:
-                # `sums` looks at part 0 before anything else, in every process, for its units
-                self._frame = Frame.of(tokens).shared(self.world)
-                self.devices = {stage: x.device for stage, x in tokens.features.items()}
-            elif self.store is not None:
+            if self.store is not None:
                 self._put(self.store, tokens)
             yield part, tokens
 

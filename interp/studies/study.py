@@ -100,7 +100,14 @@ def study(
 
         def step(name: str, n_images: int) -> Callable[[int], None]:
             task = bars.add_task(name, total=n_images)
-            return lambda n: bars.advance(task, n)
+            done = 0
+
+            def tell(n: int) -> None:
+                nonlocal done
+                done = min(done + n, n_images)  # a pass looks at its first part once more
+                bars.update(task, completed=done)
+
+            return tell
 
         # images forwarded: recovery reads both splits twice (the model, its shuffled control)
         both = a.n_probe + a.n_test

@@ -24,6 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from interp.labels import IGNORE
 from interp.probes import store, streamed
 from interp.probes.bank import UNSEEN, ProbeBank
+from interp.probes.moments import Frame
 from interp.probes.ridge import fit_ridge
 from interp.probes.stream import Held
 from interp.probes.streamed import fit_logistic_stream
@@ -182,8 +183,9 @@ def test_a_disk_that_fills_up_is_given_up(tmp_path, monkeypatch):
 def test_a_store_that_is_given_up_takes_no_more():
     _, _, stream = small()
     kept = store.Memory()
-    keeping = streamed.Keeping(stream, kept, None, World(), 1500)
-    list(keeping.read([0, 0, 1]))  # the first is for the units
+    frame = Frame.of(next(iter(stream.read([0])))[1])
+    keeping = streamed.Keeping(stream, kept, None, frame, 1500)
+    list(keeping.read([0, 1]))
     assert len(kept.z) == 2
     keeping.drop()
     list(keeping.read([2]))
