@@ -23,7 +23,7 @@ PACKAGES = (
 )  # fmt: skip
 """The packages whose versions a manifest records."""
 
-#: arguments that make two runs the same run
+#: arguments that tell in a few words what a run is about
 IDENTITY = ("model", "data")
 
 

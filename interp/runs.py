@@ -15,7 +15,7 @@ Three rules keep such a folder trustworthy.
    temporary name and then renamed, which a file system does in one step. A run that dies leaves
    whole files, or none.
 2. *Nothing of yours is lost.* A folder that holds anything is refused, unless it holds the same
-   run (same kind, model and data); then the files that run wrote, and only those, are replaced,
+   run (same kind and arguments); then the files that run wrote, and only those, are replaced,
    each at the moment when its successor is complete.
 3. *The manifest is written last*, so a folder with a manifest is a finished run. Until then
    `manifest.partial.json` names the files written so far: this is how an interrupted run is
@@ -95,7 +95,7 @@ class RunFolder:
     ) -> RunFolder:
         """Make a folder for a new run, or take over the one of the same run.
 
-        Two runs are the same if their kind and their arguments "model" and "data" are. With
+        Two runs are the same if their kind and all of their arguments are. With
         `overwrite` files of anything else may be replaced as well; even then a file that the new
         run does not write stays, unless another run's manifest vouches for it.
 
@@ -175,6 +175,9 @@ class RunFolder:
         temporary = target.with_name(f".writing-{target.name}")
         try:
             yield temporary
+            if (self.path / PARTIAL).exists():
+                # some writers (safetensors) make files for their owner alone
+                temporary.chmod((self.path / PARTIAL).stat().st_mode)
             record = file_fingerprint(temporary)
             if name not in self._files:
                 # Named before it is there: a file without an owner could never be replaced.
@@ -289,13 +292,16 @@ class RunFolder:
         old = read_manifest(self.path / MANIFEST)
         partial = read_manifest(self.path / PARTIAL)
         there = partial or old
+        names = sorted(p.name for p in self.path.iterdir())
+        if names == [PARTIAL] and partial is not None and not partial.get("files"):
+            return {}  # a run that wrote nothing holds no folder
         if not self._overwrite and (there is None or not self._same_run(there)):
-            names = sorted(p.name for p in self.path.iterdir())
             held = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if names[5:] else "")
             what = (
                 f"no run of interp (it holds {held})"
                 if there is None
                 else f"a {describe(there)} (it holds {held}), not a {describe(self.manifest)}"
+                f"{_differing(there, self.manifest)}"
             )
             raise FolderInUse(
                 f"{self.path} holds {what}: give another --out, or --overwrite to replace it"
@@ -303,10 +309,8 @@ class RunFolder:
         return {**(old or {}).get("files", {}), **(partial or {}).get("files", {})}
 
     def _same_run(self, other: dict[str, Any]) -> bool:
-        return other.get("kind") == self.manifest["kind"] and all(
-            other.get("arguments", {}).get(key) == self.manifest["arguments"].get(key)
-            for key in IDENTITY
-        )
+        mine = self.manifest
+        return all(other.get(key) == mine[key] for key in ("kind", "arguments"))
 
     def _place(self, name: str) -> Path:
         parts = PurePosixPath(name).parts
@@ -337,3 +341,12 @@ class RunFolder:
         rest = {k: v for k, v in self.manifest.items() if k not in known and k != "files"}
         self.manifest = {**known, **rest, "files": self.manifest_files}
         write_whole(self.path / MANIFEST, self.manifest)
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """Further arguments in which two runs of one kind differ, for the end of a message."""
+    if there.get("kind") != here["kind"]:
+        return ""
+    old, new = there.get("arguments", {}), here["arguments"]
+    keys = [key for key in new if key not in IDENTITY and old.get(key) != new[key]]
+    return "".join(f"; {key} was {old.get(key)}, now {new[key]}" for key in keys)

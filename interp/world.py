@@ -35,7 +35,7 @@ class World:
     Attributes:
         rank: number of this process, from 0.
         size: how many there are.
-        local_rank: number of this process on its machine: the GPU it takes.
+        local_rank: the GPU that this process takes on its machine.
     """
 
     rank: int = 0
@@ -44,11 +44,12 @@ class World:
 
     @classmethod
     @contextmanager
-    def join(cls, *, timeout: float = 1800.0) -> Iterator[World]:
+    def join(cls, *, timeout: float = 86_400.0) -> Iterator[World]:
         """The world that `torchrun` made, or one of a single process; left at the end.
 
         Args:
-            timeout: seconds to wait for another process before giving up.
+            timeout: seconds to wait for another process before giving up. Processes wait for
+                each other's share of the pictures; one that dies is noticed by `torchrun`.
 
         Usage: `with World.join() as world: ...`
         """
@@ -57,7 +58,8 @@ class World:
             return
         local = int(os.environ.get("LOCAL_RANK", "0"))
         if torch.cuda.is_available():
-            torch.cuda.set_device(local % torch.cuda.device_count())
+            local %= torch.cuda.device_count()
+            torch.cuda.set_device(local)
         # gloo moves what is on the CPU, nccl what is on GPUs
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))

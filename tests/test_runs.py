@@ -104,7 +104,9 @@ def test_overwrite_replaces_what_the_run_writes_and_no_more(tmp_path):
 def test_a_second_run_replaces_its_own_files_only(tmp_path):
     finished(tmp_path)
     (tmp_path / "mine.txt").write_text("mine")
-    folder = RunFolder.create(tmp_path, arguments={**ARGUMENTS, "n": 10})
+    with pytest.raises(FolderInUse, match="n was 300, now 10: give another --out, or --overwrite"):
+        RunFolder.create(tmp_path, arguments={**ARGUMENTS, "n": 10})
+    folder = RunFolder.create(tmp_path, arguments=ARGUMENTS)
     assert (tmp_path / "notes.txt").read_text() == "old"
     assert not folder.has("notes.txt")  # a page must not be drawn from the earlier run's files
     with pytest.raises(FolderInUse, match=r"mine\.txt is there"):
@@ -114,6 +116,16 @@ def test_a_second_run_replaces_its_own_files_only(tmp_path):
     assert (tmp_path / "notes.txt").read_text() == "new"
     assert (tmp_path / "mine.txt").read_text() == "mine"
     RunFolder.open(tmp_path).verify()
+
+
+def test_a_run_that_wrote_nothing_holds_no_folder(tmp_path):
+    RunFolder.create(tmp_path, arguments=ARGUMENTS)  # and stopped there
+    other = RunFolder.create(tmp_path, "probe", arguments={"model": "another"})
+    other.write_text("a.txt", "a")  # now it does
+    with pytest.raises(FolderInUse, match="probe of model another"):
+        RunFolder.create(tmp_path, arguments=ARGUMENTS)
+    modes = {(tmp_path / name).stat().st_mode for name in ("a.txt", "manifest.partial.json")}
+    assert len(modes) == 1
 
 
 def test_what_the_second_run_no_longer_writes_goes_when_it_is_done(tmp_path):

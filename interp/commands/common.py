@@ -28,14 +28,14 @@ Data = Annotated[
         "folder:PATH or hf:REPO@REVISION."
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Of every random draw.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of every random draw.")]
 Device = Annotated[str | None, typer.Option(help='For instance "cuda".')]
 Dtype = Annotated[str | None, typer.Option(help='For instance "bfloat16".')]
 DeviceMap = Annotated[
     str | None, typer.Option(help='"auto" spreads a model that is too large for one GPU.')
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Of torch on the CPU; one if the model is small.")
+    int | None, typer.Option(min=1, help="Of torch on the CPU; one if the model is small.")
 ]
 Resize = Annotated[
     str | None,
@@ -46,20 +46,30 @@ Resize = Annotated[
     ),
 ]
 Question = Annotated[str, typer.Option(help="The prompt beside the picture.")]
-BatchSize = Annotated[int, typer.Option(help="Pictures in one forward pass.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures in one forward pass.")]
 Overwrite = Annotated[bool, typer.Option(help="Replace another run in OUT.")]
 DryRun = Annotated[bool, typer.Option(help="Say what it costs, and stop.")]
 QUESTION = "What is in the picture?"
 
 
 def load(model: str, **options: Any) -> MLLM:
-    """The model, without transformers' bar for each file; options that are None are left out."""
+    """The model, without transformers' bar for each file; options that are None are left out.
+
+    Raises:
+        ValueError: a device that is not there; and what `MLLM.load` raises.
+    """
     from transformers.utils import logging
 
     from interp.model import MLLM
 
     logging.disable_progress_bar()
-    return MLLM.load(model, **{key: value for key, value in options.items() if value is not None})
+    given = {key: value for key, value in options.items() if value is not None}
+    try:
+        return MLLM.load(model, **given)
+    except (RuntimeError, AssertionError) as error:  # torch's own words for a device it lacks
+        if "device" not in given or isinstance(error, InterpError):
+            raise
+        raise ValueError(f"--device {given['device']}: {str(error).splitlines()[0]}") from error
 
 
 def size(text: str | None) -> tuple[int, int] | None:

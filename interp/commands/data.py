@@ -28,7 +28,7 @@ def check(
     kind: Annotated[
         str | None, typer.Option(help="What it is meant to be; by default what it looks like.")
     ] = None,
-    n: Annotated[int, typer.Option(help="Samples to read of each split.")] = 6,
+    n: Annotated[int, typer.Option(min=1, help="Samples to read of each split.")] = 6,
 ) -> None:
     """Say what is wrong with a set of pictures and masks; exit 1 if anything is."""
     from interp.datasets.checking import check_data

@@ -37,6 +37,9 @@ from interp.commands.common import (
 )
 from interp.commands.fitting import ClassWeight, Components, Disk, Epochs, Memory, Penalty, Solver
 
+#: kinds of rows that are no stage of the model, and what they are called
+CONTROLS = {"shuffled_labels": "shuffled labels", "random_features": "random features"}
+
 
 def probe(
     out: Annotated[Path | None, typer.Option(help="Run folder to write.")] = None,
@@ -53,8 +56,10 @@ def probe(
     soft: Annotated[bool, typer.Option(help="Targets are shares of classes in a token.")] = False,
     controls: Annotated[bool, typer.Option(help="Random features and shuffled labels.")] = False,
     pixels: Annotated[bool, typer.Option(help="Score pixels too, in full resolution.")] = True,
-    limit: Annotated[int | None, typer.Option(help="Pictures to fit on; all by default.")] = None,
-    limit_test: Annotated[int | None, typer.Option(help="Pictures to score; all.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Pictures to fit on, drawn with the seed; all.")
+    ] = None,
+    limit_test: Annotated[int | None, typer.Option(min=1, help="Pictures to score; all.")] = None,
     batch_size: BatchSize = 8,
     memory: Memory = 4.0,
     disk: Disk = 0.0,
@@ -70,8 +75,12 @@ def probe(
     overwrite: Overwrite = False,
 ) -> None:
     """Fit a linear segmentation probe at every stage, and score it on pictures of its own."""
-    import torch
+    import warnings
 
+    import torch
+    from sklearn.exceptions import ConvergenceWarning
+
+    from interp.datasets import open_data
     from interp.probes.fitting import Fitting
     from interp.studies.plan import plan
     from interp.studies.probing import ProbeArguments, prepare, probe_study
@@ -89,7 +98,13 @@ def probe(
         )  # fmt: skip
         if out is None and not dry_run:
             raise ValueError("--out is missing: the run folder to write (or --dry-run)")
+        if solver == "ridge" and (penalty, disk, epochs) != (1.0, 0.0, 4):
+            raise ValueError("--C, --disk and --epochs are of --solver logistic, and this is ridge")
+        open_data(data)  # before a model is loaded
+        warnings.simplefilter("ignore", ConvergenceWarning)  # said below, in words
         with World.join() as world:
+            if world.size > 1 and device_map is not None:
+                raise ValueError("--device-map spreads one model over all GPUs: use one process")
             if world.size > 1 and device is None and device_map is None:
                 device = f"cuda:{world.local_rank}" if torch.cuda.is_available() else None
             loaded = load(model, device=device, device_map=device_map, dtype=dtype)
@@ -110,7 +125,7 @@ def probe(
                 )
             if world.first:
                 console.print(_curve(out, summary))
-                for line in _changes(summary):
+                for line in [*_changes(summary), *_doubts(summary)]:
                     console.print(line, highlight=False, soft_wrap=True)
                 console.print(f"report: {out / 'report.html'}")
     except SAID as error:
@@ -118,15 +133,12 @@ def probe(
 
 
 def _curve(out: Path, summary: dict[str, Any]) -> Table:
-    """The curve over the stages, from the tables that were written."""
+    """The curve over the stages, and what it must be seen against, from the tables written."""
     from interp.runs import RunFolder
 
-    rows = RunFolder.open(out).read_table("stages")
-    metrics = {
-        "accuracy": "accuracy",
-        "token_miou": "token mIoU",
-        "pixel_miou": "pixel mIoU",
-    }
+    folder = RunFolder.open(out)
+    rows, lines = folder.read_table("stages"), folder.read_table("references")
+    metrics = {"accuracy": "accuracy", "token_miou": "token mIoU", "pixel_miou": "pixel mIoU"}
     shown = [metric for metric in metrics if metric in set(rows["metric"])]
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -142,21 +154,28 @@ def _curve(out: Path, summary: dict[str, Any]) -> Table:
     table.add_column("stage", min_width=16)
     for metric in shown:
         table.add_column(metrics[metric], no_wrap=True)
-    for stage, of_stage in rows.sort_values("order").groupby("stage", sort=False):
-        cells = []
-        for metric in shown:
-            one = of_stage[of_stage["metric"] == metric].iloc[0]
-            estimate, low, high = (100 * one[name] for name in ("estimate", "low", "high"))
-            known = low == low  # of one picture there is no interval
-            cells.append(f"{estimate:.1f}" + (f" [{low:.1f}, {high:.1f}]" if known else ""))
-        table.add_row(str(of_stage["label"].iloc[0]) + _control(str(stage)), *cells)
+    control = rows["kind"].isin(CONTROLS)
+    for _, of_stage in rows[~control].sort_values("order").groupby("order", sort=False):
+        values = of_stage.set_index("metric")
+        table.add_row(values["label"].iloc[0], *(_cell(values.loc[metric]) for metric in shown))
+    table.add_section()
+    for kind, name in CONTROLS.items():
+        of_kind = rows[rows["kind"] == kind]
+        if len(of_kind):
+            best = of_kind.groupby("metric")["estimate"].max()
+            table.add_row(name, *(f"up to {100 * best[metric]:.1f}" for metric in shown))
+    for name, words in (("majority_floor", "floor (one class)"), ("token_ceiling", "ceiling")):
+        known = lines[lines["name"] == name].set_index("metric")["estimate"]
+        if len(known):
+            cells = [f"{100 * known[m]:.1f}" if m in known.index else "" for m in shown]
+            table.add_row(words, *cells)
     return table
 
 
-def _control(stage: str) -> str:
-    from interp.studies.probing import SHUFFLED
-
-    return SHUFFLED if stage.endswith(SHUFFLED) else ""
+def _cell(row: Any) -> str:
+    """An estimate in hundredths with its interval; of one picture there is none."""
+    estimate, low, high = (100 * row[name] for name in ("estimate", "low", "high"))
+    return f"{estimate:.1f}" + (f" [{low:.1f}, {high:.1f}]" if low == low else "")
 
 
 def _changes(summary: dict[str, Any]) -> list[str]:
@@ -171,3 +190,15 @@ def _changes(summary: dict[str, Any]) -> list[str]:
         if parts:
             lines.append(f"{title}: {', '.join(parts)} points")
     return lines
+
+
+def _doubts(summary: dict[str, Any]) -> list[str]:
+    """What a reader must know beside the numbers."""
+    late = summary["unconverged"]
+    if not late:
+        return []
+    few = ", ".join(late[:4]) + (", ..." if len(late) > 4 else "")
+    return [
+        f"{len(late)} probes stopped before they were at their optimum ({few}): more --epochs, a "
+        "larger --batch-size, or more --memory to keep the features would do"
+    ]

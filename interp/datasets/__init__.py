@@ -15,6 +15,7 @@ from __future__ import annotations
 from interp.datasets.ade20k import ade20k
 from interp.datasets.base import Pictures, Sample, Segmentation
 from interp.datasets.checking import check_data
+from interp.datasets.choosing import drawn
 from interp.datasets.cityscapes import cityscapes
 from interp.datasets.coco_stuff import coco_stuff
 from interp.datasets.folder import folder
@@ -37,6 +38,7 @@ __all__ = [
     "cityscapes",
     "coco_stuff",
     "contact_sheet",
+    "drawn",
     "folder",
     "hf",
     "open_data",

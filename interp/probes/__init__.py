@@ -41,6 +41,7 @@ from interp.probes.painting import pixel_classes
 from interp.probes.ridge import fit_ridge
 from interp.probes.scores import CEILING, FLOOR, Scores
 from interp.probes.solver import LogisticFit, fit_logistic
+from interp.probes.store import bytes_needed, where_features_go
 from interp.probes.stream import Held, Tokens, TokenStream
 from interp.probes.streamed import fit_logistic_stream
 
@@ -57,6 +58,7 @@ __all__ = [
     "TokenStream",
     "Tokens",
     "accuracy",
+    "bytes_needed",
     "confusion",
     "confusion_per_image",
     "fit_logistic",
@@ -67,4 +69,5 @@ __all__ = [
     "mean_accuracy",
     "mean_iou",
     "pixel_classes",
+    "where_features_go",
 ]

@@ -110,6 +110,8 @@ class ProbeBank(Readout):
         if solver not in ("logistic", "ridge"):
             raise ValueError(f'solver={solver!r}; "logistic" or "ridge" would do')
         classes = tuple(str(name) for name in classes)
+        features = {name: torch.as_tensor(x) for name, x in features.items()}
+        labels = torch.as_tensor(labels)
         keep, codes, fitted = _check(features, labels, classes, shares)
         # at least ten parts: "ridge" keeps every fifth of them to choose by
         size = max(1, min(8192, len(labels) // 10))

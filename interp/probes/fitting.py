@@ -76,6 +76,32 @@ class Fitting:
     def __post_init__(self) -> None:
         if self.solver not in SOLVERS:
             raise ValueError(f"solver={self.solver!r}; there are {' and '.join(SOLVERS)}")
+        least = {"C": 0.0, "memory": -1e-12, "disk": -1e-12, "epochs": 0.0, "parts_a_step": 0.0}
+        if self.components is not None:
+            least["components"] = 0.0
+        for name, low in least.items():
+            if not getattr(self, name) > low:
+                kind = "a positive number" if low == 0 else "no negative number"
+                raise ValueError(f"{name}={getattr(self, name)}: {kind} would do")
+        if not self.alphas or min(self.alphas) <= 0:
+            raise ValueError(f"alphas={tuple(self.alphas)}: positive numbers would do")
+        if isinstance(self.class_weight, str) and self.class_weight != "balanced":
+            raise ValueError(
+                f'class_weight={self.class_weight!r}; "balanced", weights by class name or None '
+                "would do"
+            )
+
+    def check(self, n_parts: int) -> None:
+        """Raise for a stream of too few parts, before anything is run.
+
+        Raises:
+            ValueError: `ridge` has none to choose its penalty by.
+        """
+        if self.solver == "ridge" and len(self.alphas) > 1 and n_parts < 2:
+            raise ValueError(
+                f"{n_parts} batch of pictures to fit on: choosing a penalty needs 2, one to fit on "
+                "and one to choose by; smaller batches, or a single alpha, would do"
+            )
 
     def where(self, n_tokens: int, widths: Mapping[str, int], n_soft: int = 0) -> Place:
         """Where features of so many tokens are kept between passes: "stream" for nowhere."""
@@ -140,6 +166,6 @@ class Fitting:
                 seed=seed,
                 world=world,
             )
-            for one in ([stream, Shuffled(stream, seed)] if shuffled else [stream])
+            for one in ([stream, Shuffled(stream, counted, seed)] if shuffled else [stream])
         ]
         return Fitted(banks[0], banks[1] if shuffled else None, counted.numpy(), {})

@@ -63,7 +63,13 @@ class ModelStream:
 
         Raises:
             HookNotFound: stages that the model lacks.
+            TypeError: edits that are no function.
         """
+        if edits is not None and not callable(edits):
+            raise TypeError(
+                f"edits={type(edits).__name__}: a function from a part to its edits would do, such "
+                "as edits=lambda part: [Unmask(part.x.grid.image_block())]"
+            )
         self.model, self.source = model, source
         self.stages = list(model.stages if stages is None else model.hooks.expand(stages))
         self._edits, self._soft, self._noise, self._seed = edits, soft, noise, seed
@@ -102,7 +108,8 @@ class ModelStream:
         features = self._run(part)
         for stage, width in widths.items():
             if stage not in features:
-                features[stage] = self._drawn(part, width)
+                like = next(iter(features.values()))
+                features[stage] = self._drawn(part, width).to(like.device)
         if self.on_run is not None:
             self.on_run(len(part.names))
         return self._tokens(part, features)
@@ -128,5 +135,5 @@ class ModelStream:
 
     def _drawn(self, part: Part, width: int) -> Tensor:
         seed = (self._seed * 1_000_003 + part.number) * 65_537 + width
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         return torch.randn(len(part.labels), width, generator=generator)

@@ -33,7 +33,7 @@ from torch.nn.functional import one_hot
 from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN, ProbeBank
 from interp.probes.moments import Frame, Moments, Pile
-from interp.probes.stream import TokenStream, draw_labels, frequencies, label_counts
+from interp.probes.stream import TokenStream, draw_labels, label_counts
 from interp.world import World
 
 #: penalties that are tried, as shares of the number of tokens
@@ -107,7 +107,12 @@ def fit_ridge(
     k = len(stream.classes)
     errors: dict[str, dict[float, float]] = {}
     weight, intercept = {}, {}
-    chosen = torch.tensor(alphas[0]).repeat(len(stream.widths)).double()
+    chosen = torch.full((len(stream.widths),), float(alphas[0]), dtype=torch.float64)
+    if world.first and held is not None and not (fit.n[0] > 0 and held.n[0] > 0):
+        raise ValueError(
+            f"{int(fit.n[1])} labelled tokens to fit on and {int(held.n[1])} to choose a penalty "
+            "by: more pictures, or a single alpha, would do"
+        )
     all_ = fit if held is None else fit + held
     world.from_first_(all_.n, all_.y)
     _require_classes(all_, stream.classes)
@@ -120,7 +125,8 @@ def fit_ridge(
                 errors[stage] = {a: tried.error(tried.solve(a), held, k) for a in alphas}
                 chosen[i] = min(errors[stage], key=lambda a: errors[stage][a])
             final = Stage.of(all_, stage, components)
-            w, b = final.raw(final.solve(float(chosen[i])))
+            chosen[i], solved = final.solved(float(chosen[i]))
+            w, b = final.raw(solved)
         world.from_first_(w, b)
         weight[stage], intercept[stage] = w, b
     world.from_first_(chosen)
@@ -177,6 +183,10 @@ def sums(
     the first, what comes back has the right shapes and no meaning.
     """
     world = world or World()
+    if len(stream.classes) > IGNORE:
+        raise ValueError(
+            f"{len(stream.classes)} classes would make {IGNORE}, the ignored label, a class"
+        )
     n_shards = min(N_SHARDS, stream.n_parts)
     if n_shards < 1 + hold_out:
         raise ValueError(
@@ -189,7 +199,7 @@ def sums(
     piles = {held: Pile(max(1, is_held.count(held))) for held in (False, True)}
     if frame is None:
         frame = Frame.of(next(iter(stream.read([0])))[1]).shared(world)
-    others = frequencies(stream) if shuffled else None
+    others = label_counts(stream, world) if shuffled else None
     like: Moments | None = None
     # each kind of shard is shared out by itself, so that every process holds whole nodes
     for held, pile in piles.items():
@@ -258,17 +268,40 @@ class Stage:
             gram, cross = axes.T @ gram @ axes, axes.T @ cross
         return cls(moments, stage, mean, std, axes, gram, cross)
 
-    def solve(self, alpha: float) -> Tensor:
-        """Weights `[d, T]` on z; `alpha` is a share of the number of tokens."""
+    def solve(self, alpha: float) -> Tensor | None:
+        """Weights `[d, T]` on z; `alpha` is a share of the number of tokens.
+
+        None if the equations are not positive: features that depend on one another have eigenvalues
+        of zero, which rounded products may put below it, further than a weak penalty lifts.
+        """
         ridge = self.gram.clone()
         ridge.diagonal().add_(alpha * self.moments.n[0])
-        found = torch.cholesky_solve(self.cross, torch.linalg.cholesky(ridge))
+        factor, info = torch.linalg.cholesky_ex(ridge)
+        if int(info):
+            return None
+        found = torch.cholesky_solve(self.cross, factor)
         if self.axes is not None:
             found = self.axes @ found
         return found / self.std[:, None]
 
-    def error(self, weight: Tensor, held: Moments, n_targets: int) -> float:
-        """Mean squared error of the first targets on other sums, over their variance."""
+    def solved(self, alpha: float) -> tuple[float, Tensor]:
+        """The same with the penalty that it took: `alpha`, or the first tenfold that does.
+
+        Raises:
+            ValueError: none does, up to the features' own variance.
+        """
+        while alpha <= 100:
+            found = self.solve(alpha)
+            if found is not None:
+                return alpha, found
+            alpha *= 10
+        raise ValueError(f"the sums at {self.stage!r} are no sums of squares")
+
+    def error(self, weight: Tensor | None, held: Moments, n_targets: int) -> float:
+        """Mean squared error of the first targets on other sums, over their variance; infinite
+        where there are no weights."""
+        if weight is None:
+            return float("inf")
         w = weight[:, :n_targets]
         b = self._intercept(weight)[:n_targets]
         n, y, yy = held.n[0], held.y[:n_targets], held.yy[:n_targets]

@@ -52,6 +52,7 @@ def score(
     world = world or World()
     if unknown := sorted({stage for one in scores for stage in one.stages} - set(rows)):
         raise ValueError(f"no probe says {', '.join(unknown)}; the rows are {', '.join(rows)}")
+    _ = stream.widths  # may prepare a picture, and no two threads may use one tokenizer
     for part in stream.source.parts(world.share(range(stream.n_parts))):
         features = stream.tokens(part).features
         logits = {}

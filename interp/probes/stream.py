@@ -51,7 +51,7 @@ class Tokens:
         if bool(keep.all()):
             return self
         return Tokens(
-            {stage: x[keep] for stage, x in self.features.items()},
+            {stage: x[keep.to(x.device)] for stage, x in self.features.items()},
             self.labels[keep],
             None if self.shares is None else self.shares[keep],
         )
@@ -150,14 +150,6 @@ def label_counts(stream: TokenStream, world: World | None = None) -> Tensor:
     return counts
 
 
-def frequencies(stream: TokenStream) -> Tensor:
-    """`[K]` how often each class is, in up to 16 parts from all over the stream."""
-    counts = torch.zeros(len(stream.classes), dtype=torch.float64)
-    for _, tokens in stream.labels(range(0, stream.n_parts, -(-stream.n_parts // 16))):
-        counts += tokens.labelled().targets(len(counts), torch.float64).sum(0).cpu()
-    return counts
-
-
 def draw_labels(often: Tensor, n: int, seed: int, part: int) -> Tensor:
     """`[n]` int64 labels drawn by frequency; the same in every process and pass.
 
@@ -166,7 +158,9 @@ def draw_labels(often: Tensor, n: int, seed: int, part: int) -> Tensor:
         n: how many.
         seed, part: what the draw depends on.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + part)
+    if n == 0:
+        return torch.zeros(0, dtype=torch.int64)
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + part) % 2**63)
     return torch.multinomial(often, n, replacement=True, generator=generator)
 
 
@@ -177,9 +171,9 @@ class Shuffled:
     own, which its states tell. Tokens without a label stay without.
     """
 
-    def __init__(self, stream: TokenStream, seed: int = 0) -> None:
-        self._stream, self._seed = stream, seed
-        self._often = frequencies(stream)
+    def __init__(self, stream: TokenStream, often: Tensor, seed: int = 0) -> None:
+        """Args: the stream, `[K]` how often each class is (`label_counts`), and a seed."""
+        self._stream, self._often, self._seed = stream, often, seed
 
     @property
     def classes(self) -> tuple[str, ...]:

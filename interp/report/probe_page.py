@@ -51,8 +51,8 @@ _FIGURES = (
         "fig-stages", "stages", "Token accuracy over the stages",
         "Accuracy of the stage's own probe, band: 95% interval. Hollow points are vision layers "
         "that the adapter does not read. Grey, where measured: probes of the same states fitted on "
-        "shuffled labels, and probes of random features of the stages' widths. Both must stay at "
-        "the floor, or the probes have seen their test pictures.",
+        "shuffled labels, and probes of random features of the stages' widths. Both belong "
+        "near the floor: what they have beyond it is chance, and a stage must clear them.",
         ("stages",), stages.stages, "metric == 'accuracy'",
     ),
     Figure(

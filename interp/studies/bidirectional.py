@@ -41,7 +41,9 @@ def bidirectional(base: Baseline, *, seed: int = 0, on_batch: Progress | None = 
             f"image tokens of {test.model.family.name} see each other both ways already"
         )
     llm = [s for s in base.bank.stages if s.startswith("blocks.")]
-    refitted = base.probe.fit(llm, opened(base.probe), fitting=base.fitting, on_batch=on_batch)
+    refitted = base.probe.fit(
+        llm, opened(base.probe), fitting=base.fitting, seed=seed, on_batch=on_batch
+    )
     rows = {
         **bank_rows(base.bank.only(llm), suffix=FROZEN),
         **bank_rows(refitted, suffix=REFITTED),

@@ -24,29 +24,33 @@ def shuffled_llm(model: MLLM, seed: int = 0) -> Iterator[MLLM]:
     Raises:
         Untestable: weights that cannot be moved about: quantised ones, or ones on disk.
     """
-    matrices = [
-        parameter
-        for block in module_at(model.module, model.family.language.blocks)  # type: ignore[attr-defined]
-        for parameter in block.parameters()
-        if parameter.ndim > 1
-    ]
-    if any(matrix.is_meta or not matrix.is_floating_point() for matrix in matrices):
+    blocks = list(module_at(model.module, model.family.language.blocks))  # type: ignore[call-overload]
+    matrices = [matrix for block in blocks for matrix in block.parameters() if matrix.ndim > 1]
+    # quantised layers keep their weights in whole numbers, or as buffers
+    hidden = any(buffer.ndim > 1 for block in blocks for buffer in block.buffers())
+    odd = any(matrix.is_meta or not matrix.is_floating_point() for matrix in matrices)
+    if hidden or odd or not matrices:
         raise Untestable("weights that are quantised, or not in memory, cannot be shuffled")
-    _move(matrices, seed, back=False)
+    moved: list[nn.Parameter] = []
     try:
+        _move(matrices, seed, moved)
         yield model
     finally:
-        _move(matrices, seed, back=True)
+        _move(list(moved), seed, None)
 
 
 @torch.no_grad()
-def _move(matrices: list[nn.Parameter], seed: int, back: bool) -> None:
+def _move(matrices: list[nn.Parameter], seed: int, moved: list[nn.Parameter] | None) -> None:
+    """Shuffle the matrices and note those that are done; without `moved`, put them back."""
     generator = torch.Generator().manual_seed(seed)
+    back = moved is None
     for matrix in matrices:
         order = torch.randperm(matrix.numel(), generator=generator).to(matrix.device)
         flat = matrix.flatten()
-        moved = torch.empty_like(flat).index_copy_(0, order, flat) if back else flat[order]
-        matrix.copy_(moved.view_as(matrix))
+        other = torch.empty_like(flat).index_copy_(0, order, flat) if back else flat[order]
+        matrix.copy_(other.view_as(matrix))
+        if moved is not None:
+            moved.append(matrix)
 
 
 def random_projection(d_vision: int, d_model: int, seed: int) -> Tensor | None:

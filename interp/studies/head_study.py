@@ -28,7 +28,7 @@ from interp.probes import ProbeBank
 from interp.probes.parts import QUESTION
 from interp.runs import RunFolder
 from interp.studies.split import Split
-from interp.studies.study import at_one_size
+from interp.studies.study import at_one_size, few_of
 
 SCREEN = "screen"
 
@@ -107,7 +107,7 @@ def prepare(model: MLLM, arguments: HeadArguments) -> Asked:
     """Fit the probes, prepare the pictures."""
     a = arguments
     check(model, a)
-    data = at_one_size(open_data(a.data), a.resize)
+    data = few_of(at_one_size(open_data(a.data), a.resize), (a.n_probe, a.n_test), a.seed)
     probe, test = (
         Split.prepare(model, split, n, QUESTION, batch_size=a.batch_size)
         for split, n in zip(data, (a.n_probe, a.n_test), strict=True)

@@ -82,9 +82,10 @@ class Plan:
                 f"pictures   {fit:,} fitted on, {test:,} scored",
                 f"tokens     {self.tokens:,.0f} a picture, {_count(total)} fitted on, at "
                 f"{len(self.widths)} stages of {width}, {self.n_classes} classes",
-                f"passes     {self.passes[0]} to fit, {self.passes[1]} to score",
+                f"passes     {self.passes[0]} to fit (a control of logistic is a fit of its own), "
+                f"{self.passes[1]} to score",
                 f"features   {kept}",
-                f"memory     {memory}; {grows}",
+                f"memory     of a process: {memory}; {grows}",
                 f"time       {_duration(self.duration)}: {each}{several}",
             ]
         )
@@ -124,7 +125,9 @@ def plan(asked: Asked, arguments: ProbeArguments, *, processes: int = 1) -> Plan
         _wait()
     taken = time.perf_counter() - started
     rows = [*widths, *(f"{s}{SHUFFLED}" for s in stream.stages if a.controls)]
-    scores = Scores(rows, stream.classes, n_boot=a.n_boot, shape=MAP, pixels=a.pixels, majority=0)
+    scores = Scores(
+        rows, stream.classes, n_boot=a.n_boot, shape=(MAP, MAP), pixels=a.pixels, majority=0
+    )
     targets = k * (1 + a.controls)
     one = 8 * sum(d * d + d * targets for d in widths.values())
     memory = {

@@ -45,7 +45,7 @@ from interp.studies.study import at_one_size
 from interp.world import World
 
 SHUFFLED = ", shuffled labels"
-MAP = (24, 24)  # rows and columns that places in pictures are told apart by
+MAP = 24  # rows and columns that places in pictures are told apart by, at most
 
 #: called with the name of a step and how many pictures more are done
 OnStep = Callable[[str, int], None]
@@ -116,13 +116,17 @@ def prepare(model: MLLM, arguments: ProbeArguments) -> Asked:
     data = at_one_size(open_data(a.data), a.resize)
     if data.fit.classes != data.test.classes:
         raise ValueError(f"the splits of {a.data} do not have the same classes")
-    sources = [
-        DataParts(
-            model, split, None if n is None else min(n, len(split)), question=a.question,
-            batch_size=a.batch_size, shuffle=True, seed=a.seed,
+    sources = []
+    for split, limit in zip(data, (a.limit, a.limit_test), strict=True):
+        n = len(split) if limit is None else min(limit, len(split))
+        # a penalty is chosen by batches that are left out: few pictures make ten, all the same
+        size = min(a.batch_size, max(1, n // 10)) if split is data.fit else a.batch_size
+        sources.append(
+            DataParts(
+                model, split, n, question=a.question, batch_size=size, shuffle=True, seed=a.seed
+            )
         )
-        for split, n in zip(data, (a.limit, a.limit_test), strict=True)
-    ]  # fmt: skip
+    a.fitting.check(sources[0].n_parts)
     # noise of its own for each split: a probe must not know the noise that it is scored on
     fit, test = (
         ModelStream(
@@ -192,12 +196,18 @@ def _score(stream: ModelStream, fitted: Fitted, a: ProbeArguments, world: World)
         stream.classes,
         n_boot=a.n_boot,
         seed=a.seed,
-        shape=MAP,
+        shape=_map_shape(stream),
         pixels=a.pixels,
         majority=int(np.argmax(fitted.counts)),
     )
     score(stream, rows, [scores], world=world)
     return scores
+
+
+def _map_shape(stream: ModelStream) -> tuple[int, int]:
+    """The first picture's grid of tokens, or a coarser one."""
+    rows, cols = next(iter(stream.source.parts([0]))).x.grid.shapes[0]
+    return min(MAP, rows), min(MAP, cols)
 
 
 def _tables(model: MLLM, fitted: Fitted, scores: Scores) -> dict[str, pd.DataFrame]:
@@ -312,6 +322,7 @@ def _summary(
         "n_test_tokens": int(scores.confusion(stages[0]).sum()),
         "widths": dict(asked.fit.widths),
         "solver": fitted.bank.solver,
+        "unconverged": [s for s in fitted.bank.stages if not fitted.bank.converged[s]],
         "penalty": dict(fitted.bank.penalty),
         "reference_stage": REFERENCE if REFERENCE in stages else stages[0],
         "readout_stage": last,

@@ -156,7 +156,7 @@ def recovery(
     squeeze = random_projection(width, model.cfg.d_model, seed)
     made = {} if squeeze is None else {SQUEEZED: ("adapter.hook_in", squeeze)}
     stages = model.stages
-    fitted = fitting.fit(probe.stream(stages, on_batch=on_batch, projections=made)).bank
+    fitted = fitting.fit(probe.stream(stages, on_batch=on_batch, projections=made), seed=seed).bank
     scores = Scores(
         stages, test.classes, pixels=True, majority=_most_frequent(probe), seed=seed,
         shape=test.shape,
@@ -312,7 +312,7 @@ def _shuffled_llm(
     """The control's scores, and what its probe says of the test tokens at its last block."""
     with shuffled_llm(probe.model, seed) as model:
         stages = _blocks(model)
-        bank = fitting.fit(probe.stream(stages, on_batch=on_batch)).bank
+        bank = fitting.fit(probe.stream(stages, on_batch=on_batch), seed=seed).bank
         scores = Scores(stages, test.classes, pixels=True, seed=seed, shape=test.shape)
         said = test.said(bank_rows(bank), scores=[scores], on_batch=on_batch)
     return scores.table(), said[stages[-1]]

@@ -245,6 +245,7 @@ class Split:
         edits: EditsOf | None = None,
         *,
         fitting: Fitting | None = None,
+        seed: int = 0,
         on_batch: Progress | None = None,
     ) -> ProbeBank:
         """Probes at some stages, on all labelled tokens.
@@ -253,9 +254,11 @@ class Split:
             stages: hook names.
             edits: what to change in each batch.
             fitting: how; the default of `interp.probes.fitting` if None.
+            seed: of the order of minibatches.
             on_batch: called with the number of images done.
         """
-        return (fitting or Fitting()).fit(self.stream(stages, edits, on_batch=on_batch)).bank
+        stream = self.stream(stages, edits, on_batch=on_batch)
+        return (fitting or Fitting()).fit(stream, seed=seed).bank
 
     def said(
         self,

@@ -20,7 +20,7 @@ import pandas as pd
 from PIL import Image
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from interp.datasets import Data, open_data, resized
+from interp.datasets import Data, drawn, open_data, resized
 from interp.edits import Knockout
 from interp.errors import Untestable
 from interp.model import MLLM
@@ -89,7 +89,7 @@ def study(
     """
     a = arguments
     data = at_one_size(open_data(a.data), a.resize)
-    probe_data, test_data = data
+    probe_data, test_data = few_of(data, (a.n_probe, a.n_test), a.seed)
     folder = RunFolder.create(out, arguments=asdict(a), overwrite=overwrite)
     with _bars(quiet) as bars:
         prepare = bars.add_task("preparing the pictures", total=2)
@@ -204,6 +204,24 @@ def _tokens(base: Baseline) -> pd.DataFrame:
 def at_one_size(data: Data, size: tuple[int, int] | None) -> Data:
     """Both splits with pictures and masks of one size, if one is given."""
     return data if size is None else Data(*(resized(split, size) for split in data))
+
+
+def few_of(data: Data, n: tuple[int, int], seed: int) -> Data:
+    """So many pictures of each split, drawn with the seed; of the scenes, which are drawn at random
+    already, the first.
+
+    Raises:
+        ValueError: fewer pictures than asked for.
+    """
+    for split, asked, option in zip(data, n, ("--n-probe", "--n-test"), strict=True):
+        if not 2 <= asked <= len(split):
+            raise ValueError(
+                f"{asked} pictures asked of {split.name} {split.split}, which has {len(split)}: "
+                f"{option} from 2 to {len(split)} would do"
+            )
+    if data.fit.name == "scenes":
+        return Data(*(split[:asked] for split, asked in zip(data, n, strict=True)))
+    return Data(*(drawn(split, asked, seed) for split, asked in zip(data, n, strict=True)))
 
 
 def seen_part(picture: Image.Image, split: Split, image: int) -> Image.Image:

@@ -11,7 +11,9 @@ import torch
 
 from interp.labels import IGNORE
 from interp.probes.fitting import Fitting
+from interp.probes.ridge import fit_ridge
 from interp.probes.stream import Held, Shuffled, Tokens, label_counts
+from interp.probes.streamed import fit_logistic_stream
 
 CLASSES = ("sky", "sea", "sand")
 
@@ -94,6 +96,40 @@ def test_both_solvers_read_what_is_there_and_not_what_is_shuffled(solver):
         assert drawn < 0.55  # half of the tokens are sky
 
 
+@pytest.mark.parametrize(
+    "option",
+    [{"class_weight": "balanced"}, {"class_weight": {"sand": 5.0}}, {"components": 2}],
+    ids=["balanced", "by name", "components"],
+)
+@pytest.mark.parametrize("solver", ["ridge", "logistic"])
+def test_what_a_probe_may_use_reaches_the_solver(solver, option):
+    stream = held(600)
+    found = Fitting(solver, **option).fit(stream).bank
+    if solver == "ridge":
+        direct, without = fit_ridge(stream, **option).bank, fit_ridge(stream).bank
+    else:
+        direct, without = fit_logistic_stream(stream, **option), fit_logistic_stream(stream)
+    for stage in stream.widths:
+        torch.testing.assert_close(found.weight(stage), direct.weight(stage), atol=1e-6, rtol=0)
+        torch.testing.assert_close(
+            found.intercept(stage), direct.intercept(stage), atol=1e-6, rtol=0
+        )
+        assert (found.weight(stage) - without.weight(stage)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("solver", ["ridge", "logistic"])
+def test_the_control_is_of_the_seed_and_the_probe_is_not(solver):
+    stream = held(600)
+    one, again, other = (Fitting(solver).fit(stream, shuffled=True, seed=s) for s in (1, 1, 2))
+    for stage in stream.widths:
+        assert torch.equal(one.shuffled.weight(stage), again.shuffled.weight(stage))
+        apart = one.shuffled.weight(stage) - other.shuffled.weight(stage)
+        assert apart.abs().max() > 1e-3
+        torch.testing.assert_close(
+            one.bank.weight(stage), other.bank.weight(stage), atol=1e-6, rtol=0
+        )
+
+
 def test_weights_of_classes_do_not_change_what_is_counted():
     fitted = Fitting("ridge", class_weight="balanced").fit(held())
     labels = held().token_labels
@@ -102,7 +138,8 @@ def test_weights_of_classes_do_not_change_what_is_counted():
 
 def test_shuffled_labels_are_drawn_once_and_for_all():
     stream = held()
-    shuffled = Shuffled(stream, seed=3)
+    often = label_counts(stream)
+    shuffled = Shuffled(stream, often, seed=3)
     first, again = (dict(shuffled.read([0, 4])) for _ in range(2))
     plain = dict(stream.read([0, 4]))
     for part in (0, 4):
@@ -110,7 +147,8 @@ def test_shuffled_labels_are_drawn_once_and_for_all():
         ignored = plain[part].labels == IGNORE
         assert torch.equal(first[part].labels == IGNORE, ignored)
         assert 0.2 < (first[part].labels == plain[part].labels)[~ignored].float().mean() < 0.6
-    assert not torch.equal(first[0].labels, Shuffled(stream, seed=4).read([0]).__next__()[1].labels)
+    ((_, other),) = Shuffled(stream, often, seed=4).read([0])
+    assert not torch.equal(first[0].labels, other.labels)
     many = torch.cat([t.labels for _, t in shuffled.read(range(15))])
     often = np.bincount(many[many != IGNORE]) / (many != IGNORE).sum().item()
     np.testing.assert_allclose(often, [0.5, 0.3, 0.2], atol=0.05)

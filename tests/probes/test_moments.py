@@ -56,6 +56,21 @@ def test_sums_are_numpys_in_float64(precise):
     assert found.n.tolist() == pytest.approx([w.sum(), 500])
 
 
+def test_means_of_a_billion_are_taken_off_before_float64_becomes_float32():
+    rng = np.random.default_rng(0)
+    centred = rng.normal(size=(500, 4)).round(6)
+    centred = np.round(centred * 2**20) / 2**20  # so that adding a billion rounds nothing
+    shares = torch.from_numpy(rng.dirichlet(np.ones(3), 500))
+    made = Tokens({"a": torch.from_numpy(centred + 1e9)}, shares.argmax(1))
+    frame = Frame.of(made)
+    found = Moments.of(made, shares, frame, precise=False)
+    unit = frame.unit["a"].numpy()
+    z = (centred - (frame.shift["a"].numpy() - 1e9)) / unit
+    np.testing.assert_allclose(found.xx["a"], z.T @ z, atol=1e-5 * 500)
+    np.testing.assert_allclose(found.xy["a"], z.T @ shares.numpy(), atol=1e-5 * 500)
+    np.testing.assert_allclose(found.x["a"], z.sum(0), atol=1e-5 * 500)
+
+
 def test_units_are_powers_of_two_near_the_spread_and_constants_get_one():
     x = torch.tensor([[3.0, 7.0], [5.0, 7.0], [1.0, 7.0]])
     frame = Frame.of(Tokens({"a": x}, torch.zeros(3, dtype=torch.int64)))

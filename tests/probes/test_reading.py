@@ -12,8 +12,12 @@ from interp import MLLM, Unmask
 from interp.datasets import scenes
 from interp.datasets.scenes import CLASSES
 from interp.labels import IGNORE
-from interp.probes.parts import QUESTION, DataParts, ahead
+from interp.probes.groups import token_groups
+from interp.probes.parts import QUESTION, DataParts, Part, ahead
 from interp.probes.reading import NOISE, ModelStream
+from interp.probes.ridge import fit_ridge
+from interp.probes.scores import Scores
+from interp.probes.scoring import bank_rows, score
 from tests import zoo
 
 STAGES = ["adapter.hook_out", "blocks.2.hook_resid_post"]
@@ -82,6 +86,16 @@ def test_noise_is_the_same_in_every_pass_and_differs_between_parts(tiny):
     assert abs(float(drawn.std()) - 1) < 0.05
 
 
+def test_a_projection_is_a_stage_times_a_matrix(tiny):
+    matrix = torch.randn(96, 7, generator=torch.Generator().manual_seed(0))
+    made = {"squeezed": (STAGES[1], matrix)}
+    stream = ModelStream(tiny, DataParts(tiny, scenes("test", 2)), STAGES, projections=made)
+    assert stream.widths == {STAGES[0]: 96, STAGES[1]: 96, "squeezed": 7}
+    ((_, tokens),) = stream.read([0])
+    by_hand = tokens.features[STAGES[1]].double() @ matrix.double()
+    torch.testing.assert_close(tokens.features["squeezed"].double(), by_hand, atol=1e-4, rtol=1e-5)
+
+
 class Drawn:
     """Pictures of two sizes with a mask that tells left from right."""
 
@@ -115,6 +129,63 @@ def test_pictures_with_different_grids_are_read_one_after_the_other(name):
     for stage in stages:
         one = torch.cat([t.features[stage] for t in alone])
         torch.testing.assert_close(together.features[stage], one, atol=2e-5, rtol=1e-4)
+
+
+def test_of_a_picture_in_tiles_only_the_finest_look_has_labels():
+    model = MLLM(*zoo.build("llava-next"))
+    question, samples = zoo.ZOO["llava-next"].prompt, [Drawn()[0], Drawn()[1]]
+    whole = model.prepare([s.image for s in samples], question).grid
+    part = Part.of(0, model, samples, question, 2)
+    # a picture is looked at as 4 x 4 tokens, then in tiles of as many each, padding cut off
+    assert [whole.view_names[v] for v in (0, 2)] == ["base", "base"]
+    tiles = sum(whole.counts) - 2 * 16
+    assert tiles > 2 * 16
+    assert len(part.labels) == len(part.purity) == len(part.shares) == tiles
+    assert part.x.grid.view_names == ("tiles", "tiles")
+    ((_, tokens),) = ModelStream(
+        model, DataParts(model, Drawn(), 2, question=question), "blocks.1.hook_resid_post"
+    ).read([0])
+    assert len(tokens.features["blocks.1.hook_resid_post"]) == len(tokens) == tiles
+
+
+class Specked:
+    """Scenes with a few pixels of another class in the midst of every seventh token.
+
+    In the scenes themselves a mixed token lies beside one of another class, always.
+    """
+
+    name, split, classes = "specked", "all", CLASSES
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int):
+        sample = scenes("test")[index]
+        mask = sample.mask.copy()
+        for token in range(index, 100, 7):
+            row, col = divmod(token, 10)
+            mask[8 * row + 3 : 8 * row + 5, 8 * col + 3] += 1
+        return type("Sample", (), {
+            "image": sample.image, "mask": mask % 10, "name": f"{index}",
+        })  # fmt: skip
+
+
+def test_mixed_tokens_are_scored_as_boundaries(tiny):
+    data = Specked()
+    stream = ModelStream(tiny, DataParts(tiny, data, batch_size=2), STAGES[:1])
+    bank = fit_ridge(stream, alphas=[1.0]).bank
+    scores = Scores(bank.stages, CLASSES)
+    score(stream, bank_rows(bank), [scores])
+    masks = np.stack([s.mask for s in (data[i] for i in range(4))])
+    cells = masks.reshape(4, 10, 8, 10, 8).swapaxes(2, 3).reshape(400, 64)
+    counts = np.stack([np.bincount(cell, minlength=10) for cell in cells])
+    labels, purity = counts.argmax(1), counts.max(1) / 64
+    grid = tiny.prepare([data[i].image for i in range(4)], QUESTION).grid
+    boundary = token_groups(grid, labels, purity)["boundary"].sum()
+    assert boundary > token_groups(grid, labels)["boundary"].sum() + 10
+    n = scores.table().query("metric == 'accuracy'").set_index("group")["n"]
+    assert n["boundary"] == boundary
+    assert n["interior"] == 400 - boundary
 
 
 def test_too_many_pictures_are_refused(tiny):

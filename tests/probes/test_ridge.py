@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN
 from interp.probes.ridge import class_weights, fit_ridge
-from interp.probes.stream import Held
+from interp.probes.stream import Held, draw_labels
 
 CLASSES = ("sky", "sea", "sand", "snow")
 N = 1200
@@ -112,6 +112,38 @@ def test_principal_components_are_scikit_learns():
         np.testing.assert_allclose(ours, scores, atol=2e-4)
 
 
+def test_the_penalty_is_chosen_at_the_capacity_that_the_probe_has():
+    features, y, _ = data()
+    alphas = (1e-4, 1e-2, 1.0)
+    fit = fit_ridge(held(features, y), alphas=alphas, components=3, precise=True)
+    out = np.isin(np.arange(N) // 100, [4, 9])  # as above
+    hot = np.eye(4)[y]
+    for stage, x in features.items():
+        scaler = StandardScaler().fit(x[~out])
+        few = PCA(3).fit(scaler.transform(x[~out]))
+        z = few.transform(scaler.transform(x))
+        errors = {}
+        for alpha in alphas:
+            theirs = Ridge(alpha=alpha * (~out).sum()).fit(z[~out], hot[~out])
+            left = hot[out] - theirs.predict(z[out])
+            errors[alpha] = (left**2).sum() / ((hot[out] - hot[out].mean(0)) ** 2).sum()
+        assert fit.errors[stage] == pytest.approx(errors, rel=1e-6)
+
+
+def test_features_that_never_vary_have_no_weight():
+    features, y, _ = data()
+    # the last two are no float32, so that they lie beside their shift by what was rounded
+    constants = np.tile([0.0, 7.0, 0.1, 1000 / 3], (N, 1))
+    padded = {name: np.hstack([x, constants]) for name, x in features.items()}
+    plain, wider = (fit_ridge(held(x, y), alphas=[0.01], precise=True) for x in (features, padded))
+    for stage, x in features.items():
+        d, weight = x.shape[1], wider.bank.weight(stage)
+        assert torch.isfinite(weight).all()
+        assert torch.isfinite(wider.bank.intercept(stage)).all()
+        assert not weight[:, d:].any()
+        torch.testing.assert_close(weight[:, :d], plain.bank.weight(stage), atol=1e-6, rtol=1e-4)
+
+
 def test_ignored_tokens_change_nothing_and_classes_without_tokens_never_win():
     features, y, _ = data()
     keep = y != 2
@@ -138,6 +170,22 @@ def test_shuffled_labels_teach_no_more_than_frequencies():
         assert (real == truth).mean() > 0.75
         # a probe that learned nothing says the most frequent class
         assert (said == truth).mean() < (truth == 0).mean() + 0.03
+
+
+def test_shuffled_labels_are_drawn_anew_in_every_part():
+    often = torch.tensor([5.0, 3.0, 1.5, 0.5])
+    first, second = (draw_labels(often, 100, 3, part) for part in (0, 1))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, draw_labels(often, 100, 3, 0))
+    features, y, _ = data()
+    fit = fit_ridge(held(features, y), alphas=[0.01], shuffled=True, seed=3, precise=True)
+    counts = torch.from_numpy(np.bincount(y)).double()
+    drawn = torch.cat([draw_labels(counts, 100, 3, part) for part in range(N // 100)])
+    hot, frame = np.eye(4)[drawn], fit.moments.frame
+    for stage, x in features.items():
+        z = (x - frame.shift[stage].numpy()) / frame.unit[stage].numpy()
+        np.testing.assert_allclose(fit.moments.xy[stage][:, 4:], z.T @ hot, atol=1e-8)
+        np.testing.assert_allclose(fit.moments.xy[stage][:, :4], z.T @ np.eye(4)[y], atol=1e-8)
 
 
 def test_single_precision_products_give_the_same_classes():

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -138,6 +139,39 @@ def test_the_differences_are_those_of_the_table(folder):
     rise = stages[END, "accuracy"] - stages["adapter.hook_out", "accuracy"]
     assert figures["recovery_accuracy"]["estimate"] == pytest.approx(rise)
     assert figures["recovery_miou"]["low"] < figures["recovery_miou"]["high"]
+    drop = stages["adapter.hook_out", "accuracy"] - stages["adapter.hook_in", "accuracy"]
+    assert abs(drop) > 0.01  # else its sign could not be told
+    assert figures["drop_off_accuracy"]["estimate"] == pytest.approx(drop)
+    drop = stages["adapter.hook_out", "token_miou"] - stages["adapter.hook_in", "token_miou"]
+    assert figures["drop_off_miou"]["estimate"] == pytest.approx(drop)
+
+
+def test_fit_and_test_have_noise_of_their_own(tiny):
+    few = replace(ARGUMENTS, limit=2, limit_test=2, batch_size=1, stages=("adapter.hook_out",))
+    for seed in (0, 3):
+        asked = prepare(tiny, replace(few, seed=seed))
+        fit, test = (dict(s.read([0]))[0].features for s in (asked.fit, asked.test))
+        name = f"{NOISE}96"
+        assert fit[name].shape == test[name].shape == (100, 96)
+        together = np.corrcoef(fit[name].flatten(), test[name].flatten())[0, 1]
+        assert abs(together) < 0.05  # of 9600 numbers: 5 standard errors
+
+
+def test_soft_labels_and_sizes_reach_both_splits(tiny):
+    few = replace(ARGUMENTS, limit=2, limit_test=2, batch_size=1)
+    for arguments, soft, size in (
+        (few, False, (80, 80)),
+        (replace(few, soft=True), True, (80, 80)),
+        (replace(few, resize=(120, 60)), False, (120, 60)),
+    ):
+        asked = prepare(tiny, arguments)
+        for stream in (asked.fit, asked.test):
+            for (_, tokens), part in zip(
+                stream.labels([0, 1]), stream.source.parts([0, 1]), strict=True
+            ):
+                assert (tokens.shares is not None) == soft
+                assert part.x.grid.sizes == (size,)
+                assert [mask.shape for mask in part.masks] == [size[::-1]]
 
 
 def test_a_smaller_capacity_and_soft_labels_run_too(tiny, tmp_path):
@@ -163,7 +197,8 @@ def test_the_plan_counts_what_is_there(tiny):
     assert list(found.widths.values()) == widths
     sums = 8 * sum(d * d + 20 * d for d in widths)
     assert found.memory["statistics"] == 2 * sums
-    assert found.memory["states of a batch"] == 4 * 10 * 100 * sum(widths)
+    # 60 pictures make ten batches at least: a penalty is chosen by those that are left out
+    assert found.memory["states of a batch"] == 4 * 6 * 100 * sum(widths)
     assert all(s > 0 for s in found.seconds)
     assert found.duration > 0
     text = str(found)
@@ -185,6 +220,22 @@ def test_the_plan_counts_what_is_there(tiny):
     assert (found.kept, found.passes) == ("stream", (4, 1))
 
 
+def test_the_plan_counts_the_controls_and_the_processes(tiny):
+    for memory, passes in ((4.0, 1), (0.001, 4)):
+        fitting = Fitting("logistic", memory=memory, epochs=3)
+        without = ProbeArguments("tiny", fitting=fitting, limit=60, limit_test=20, batch_size=10)
+        assert plan(prepare(tiny, without), without).passes == (passes, 1)
+        both = replace(without, controls=True)
+        # the shuffled labels are a fit of their own
+        assert plan(prepare(tiny, both), both).passes == (2 * passes, 1)
+    one, two = (plan(prepare(tiny, without), without, processes=n) for n in (1, 2))
+    two = replace(two, seconds=one.seconds)  # measured, so never twice the same
+    # whole batches are shared out; here both have as many
+    assert two.duration == pytest.approx(one.duration / 2, rel=0.1)
+    assert "2 processes" in str(two)
+    assert "processes" not in str(one)
+
+
 def test_amounts_are_short():
     assert [amount(n) for n in (900, 4.4e6, 5.2e9, 44e9, 3.7e12)] == [
         "1 kB", "4.4 MB", "5.2 GB", "44 GB", "3.7 TB"
@@ -202,10 +253,11 @@ def test_from_the_shell_on_ade20k(tmp_path):
     out = tmp_path / "run"
     printed = run(
         "--data", f"ade20k:{root}", "--out", str(out), "--stages", "adapter.hook_out",
-        "--stages", END, "--solver", "logistic", "--batch-size", "2",
+        "--stages", END, "--solver", "logistic", "--memory", "0", "--epochs", "1",
     )  # fmt: skip
     assert "5 fitted on, 5 scored" in printed
     assert "150 classes" in printed
+    assert "stopped before they were at their optimum" in printed
     folder = RunFolder.open(out)
     assert set(folder.read_table("stages")["stage"]) == {"adapter.hook_out", END}
     summary = folder.read_json("summary.json")
@@ -228,13 +280,24 @@ def test_a_dry_run_writes_nothing(tmp_path):
         (["--dry-run", "--data", "ade20k:nowhere"], "nowhere"),
         (["--dry-run", "--stages", "block.*"], "block.*"),
         (["--dry-run", "--resize", "448"], "such as 448x448"),
-        (["--dry-run", "--batch-size", "0"], "in batches of 0"),
+        (["--dry-run", "--limit", "1"], "1 batch of pictures to fit on"),
+        (["--dry-run", "--C", "0.1"], "--C, --disk and --epochs are of --solver logistic"),
+        (["--dry-run", "--solver", "logistic", "--C", "nan"], "C=nan: a positive number would do"),
+        (["--dry-run", "--class-weight", "even"], "class_weight='even'"),
+        (["--dry-run", "--device", "bogus"], "--device bogus"),
     ],
 )
 def test_what_cannot_be_is_said_in_words(options, words):
     result = CliRunner().invoke(app, ["probe", *options])
     assert result.exit_code == 1
     assert words in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--limit", "--epochs", "--threads"])
+def test_numbers_that_count_are_positive(option):
+    result = CliRunner().invoke(app, ["probe", "--dry-run", option, "0"])
+    assert result.exit_code == 2
+    assert option in result.output
 
 
 def test_pictures_of_many_sizes_on_a_model_that_looks_at_them_so(tmp_path):

@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import jaccard_score
 from sklearn.preprocessing import StandardScaler
 
+from interp.studies import recovery as study
 from interp.studies.controls import random_projection, shuffled_llm
 from interp.studies.stages import label
 
@@ -75,3 +76,22 @@ def test_random_projection_keeps_lengths_within_it():
     down = random_projection(7, 3, seed=0)
     torch.testing.assert_close(down.T @ down, torch.eye(3))
     assert random_projection(3, 3, seed=0) is None
+
+
+def test_recovery_holds_only_if_it_beats_its_control(base):
+    def judged(control: np.ndarray | None) -> study.Finding:
+        drop_off, recovery = study._findings(base, control, None, {}, 0)
+        assert "shuffled" not in drop_off.finding.text
+        return recovery.finding
+
+    worse = judged(np.zeros_like(base.test.labelled))
+    assert worse.effect.low > 0
+    assert worse.holds
+    as_right = judged(base.right(base.readout))
+    assert as_right.effect == as_right.control == worse.effect
+    assert not as_right.holds
+    missing = judged(None)
+    assert missing.effect == worse.effect
+    assert missing.control is None
+    assert not missing.holds
+    assert "its control is missing" in missing.text

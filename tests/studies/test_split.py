@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
+from interp import Unmask
 from interp.datasets import scenes
+from interp.probes.fitting import Fitting
+from interp.probes.ridge import fit_ridge
+from interp.probes.stream import Held
 from interp.studies.split import Split
 
 
@@ -44,6 +49,27 @@ def test_read_joins_batches_in_order(splits, tiny):
     x = tiny.prepare(scenes("test")[9].image, "What is in the picture?")
     alone = tiny.run(x, read="adapter.hook_out").tokens("adapter.hook_out")[0]
     assert (states[9] - alone).abs().max() < 1e-5
+
+
+def test_probes_under_edits_are_fitted_on_edited_states(splits, tiny):
+    _, test = splits
+    end, ridge = "blocks.4.hook_resid_post", Fitting("ridge", alphas=(0.01,))
+
+    def opened(number: int) -> list[Unmask]:
+        return [Unmask(test.batches[number].grid.image_block())]
+
+    states = [
+        tiny.run(x, *opened(number), read=end, logits=False).tokens(end).flatten(0, 1)
+        for number, x in enumerate(test.batches)
+    ]
+    labels = torch.from_numpy(test.labels.ravel())
+    stream = Held({end: torch.cat(states)}, labels, test.classes, tokens_a_part=800)
+    by_hand = fit_ridge(stream, alphas=[0.01]).bank.weight(end)
+    scale = by_hand.abs().max()
+    refitted = test.fit([end], opened, fitting=ridge).weight(end)
+    assert (refitted - by_hand).abs().max() < 1e-4 * scale
+    plain = test.fit([end], fitting=ridge).weight(end)
+    assert (plain - by_hand).abs().max() > 0.05 * scale
 
 
 def test_more_images_than_there_are(tiny):
