@@ -52,10 +52,13 @@ class Frame:
         shift, unit = {}, {}
         for stage, x in tokens.features.items():
             wide = x.double()
+            mean = wide.mean(0)
             # a number of float32's, so that subtracting it from float32 states rounds nothing more
-            shift[stage] = wide.mean(0).float().double()
-            spread = (wide - shift[stage]).square().mean(0).sqrt()
-            exponent = torch.where(spread > 0, spread.log2().round(), 0.0)
+            shift[stage] = mean.float().double()
+            spread = (wide - mean).square().mean(0).sqrt()
+            # what does not vary has no unit: one of the size of rounding would make noise of it
+            varies = spread > 1e-12 * mean.abs()
+            exponent = torch.where(varies, spread.log2().round(), 0.0)
             unit[stage] = torch.exp2(exponent)
             if not bool(torch.isfinite(shift[stage] + unit[stage]).all()):
                 raise ValueError(f"stage {stage!r} holds nan or infinite values")

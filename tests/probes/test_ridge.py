@@ -130,18 +130,22 @@ def test_the_penalty_is_chosen_at_the_capacity_that_the_probe_has():
         assert fit.errors[stage] == pytest.approx(errors, rel=1e-6)
 
 
-def test_features_that_never_vary_have_no_weight():
+@pytest.mark.parametrize("precise", [False, True])
+def test_features_that_never_vary_have_no_weight(precise):
     features, y, _ = data()
-    # the last two are no float32, so that they lie beside their shift by what was rounded
-    constants = np.tile([0.0, 7.0, 0.1, 1000 / 3], (N, 1))
+    # most are no float32, so that they lie beside their shift by what was rounded
+    constants = np.tile([0.0, 7.0, *np.random.default_rng(5).normal(0, 100, 20)], (N, 1))
     padded = {name: np.hstack([x, constants]) for name, x in features.items()}
-    plain, wider = (fit_ridge(held(x, y), alphas=[0.01], precise=True) for x in (features, padded))
+    plain, wider = (
+        fit_ridge(held(x, y), alphas=[0.01], precise=precise) for x in (features, padded)
+    )
     for stage, x in features.items():
         d, weight = x.shape[1], wider.bank.weight(stage)
         assert torch.isfinite(weight).all()
         assert torch.isfinite(wider.bank.intercept(stage)).all()
         assert not weight[:, d:].any()
-        torch.testing.assert_close(weight[:, :d], plain.bank.weight(stage), atol=1e-6, rtol=1e-4)
+        loose = 1e-4 if precise else 1e-2
+        torch.testing.assert_close(weight[:, :d], plain.bank.weight(stage), atol=1e-6, rtol=loose)
 
 
 def test_ignored_tokens_change_nothing_and_classes_without_tokens_never_win():
