@@ -144,12 +144,15 @@ class Moments:
         for stage, states in tokens.features.items():
             wide = precise or states.dtype == torch.float64
             z = states.double() if wide else states.float()
-            z = (z - frame.shift[stage].to(z.dtype)) / frame.unit[stage].to(z.dtype)
+            # one over a power of two is exact, and multiplying is quicker
+            z = (z - frame.shift[stage].to(z.dtype)).mul_(
+                frame.unit[stage].reciprocal().to(z.dtype)
+            )
             z = z.to(dtype)
             # a model may be spread over devices, and its stages with it
             heavy = z if weights is None else z * weights.to(z)[:, None]
-            x[stage] = heavy.sum(0, dtype=torch.float64)
-            xx[stage] = (heavy.T @ z).double()
+            x[stage] = heavy.sum(0).double()
+            xx[stage] = _symmetric(heavy, z).double()
             xy[stage] = (z.T @ weighted.to(z.device)).double()
             if not bool(torch.isfinite(x[stage]).all()):
                 raise ValueError(f"stage {stage!r} holds nan or infinite values")
@@ -200,6 +203,20 @@ class Moments:
     def nbytes(self) -> int:
         """Bytes of all sums."""
         return sum(tensor.nbytes for tensor in self.tensors())
+
+
+def _symmetric(a: Tensor, b: Tensor) -> Tensor:
+    """a'b `[d, d]` where that is known to be symmetric: what lies below the diagonal is copied."""
+    d = a.shape[1]
+    if d < 512:
+        return a.T @ b
+    half = d // 2
+    out = a.new_empty(d, d)
+    out[:half, :half] = _symmetric(a[:, :half], b[:, :half])
+    out[half:, half:] = _symmetric(a[:, half:], b[:, half:])
+    out[:half, half:] = a[:, :half].T @ b[:, half:]
+    out[half:, :half] = out[:half, half:].T
+    return out
 
 
 class Pile:

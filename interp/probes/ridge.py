@@ -23,7 +23,7 @@ own, which its states tell.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ from torch.nn.functional import one_hot
 from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN, ProbeBank
 from interp.probes.moments import Frame, Moments, Pile
-from interp.probes.stream import TokenStream, draw_labels, label_counts
+from interp.probes.stream import Tokens, TokenStream, draw_labels, label_counts
 from interp.world import World
 
 #: penalties that are tried, as shares of the number of tokens
@@ -197,15 +197,19 @@ def sums(
     is_held = [hold_out and s % every == every - 1 for s in range(n_shards)]
     place = [sum(h == is_held[s] for h in is_held[:s]) for s in range(n_shards)]
     piles = {held: Pile(max(1, is_held.count(held))) for held in (False, True)}
+    first: dict[int, Tokens] = {}
     if frame is None:
-        frame = Frame.of(next(iter(stream.read([0])))[1]).shared(world)
+        first = dict(stream.read([0]))
+        frame = Frame.of(first[0]).shared(world)
+        if not world.first:
+            first.clear()  # the first process adds it up
     others = label_counts(stream, world) if shuffled else None
     like: Moments | None = None
     # each kind of shard is shared out by itself, so that every process holds whole nodes
     for held, pile in piles.items():
         for number in world.share([s for s in range(n_shards) if is_held[s] == held]):
             shard = None
-            for part, tokens in stream.read(_parts(stream, number, n_shards)):
+            for part, tokens in _read(stream, _parts(stream, number, n_shards), first):
                 some = tokens.labelled()
                 targets = some.targets(len(stream.classes), torch.float64)
                 of_token = None if weights is None else targets @ weights.to(targets)
@@ -358,7 +362,17 @@ def _require_classes(moments: Moments, classes: Sequence[str]) -> None:
         )
 
 
-def _parts(stream: TokenStream, shard: int, n_shards: int) -> Iterable[int]:
+def _read(
+    stream: TokenStream, parts: range, first: dict[int, Tokens]
+) -> Iterator[tuple[int, Tokens]]:
+    """The parts, of which those in `first` are taken out of it instead of being read again."""
+    known = [part for part in parts if part in first]
+    for part in known:
+        yield part, first.pop(part)
+    yield from stream.read([part for part in parts if part not in known])
+
+
+def _parts(stream: TokenStream, shard: int, n_shards: int) -> range:
     return range(shard * stream.n_parts // n_shards, (shard + 1) * stream.n_parts // n_shards)
 
 
