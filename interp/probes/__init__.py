@@ -13,7 +13,8 @@ How a probe is fitted:
 
 - `linear`: what a linear probe is (`LinearProbe`, a scikit-learn estimator);
 - `fitting`: `Fitting`, two solvers behind one word;
-- `moments`, `ridge`: sums that are all least squares needs; probes from them in one pass;
+- `moments`, `ridge`: sums that are all least squares needs; probes from them in one pass
+  (`weighting`: what a token counts by its class);
 - `solver`, `source`, `store`, `streamed`: logistic probes in memory, from disk, from a stream;
 - `bank`: `ProbeBank`, one probe a stage, frozen after fitting; logits, verdicts, and the
   directions that attribution needs.

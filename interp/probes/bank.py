@@ -38,6 +38,8 @@ from interp.labels import IGNORE
 from interp.probes.readout import Readout
 from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_stack
 from interp.probes.source import Stack
+from interp.probes.stream import Held
+from interp.probes.weighting import ClassWeight, class_weights
 
 UNSEEN = -1e4  # finite, so that upsampled logits and margins stay numbers, also in bfloat16
 _FORMAT = "interp.ProbeBank/2"
@@ -69,17 +71,17 @@ class ProbeBank(Readout):
         labels: Tensor,
         classes: Sequence[str],
         *,
-        solver: str = "logistic",
         C: float = DEFAULT_C,
-        alphas: Sequence[float] | None = None,
-        class_weight: Mapping[str, float] | str | None = None,
+        class_weight: ClassWeight = None,
         shares: Tensor | None = None,
         max_iter: int = 500,
         tol: float = DEFAULT_TOL,
         stages_at_once: int | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> ProbeBank:
-        """Fit a probe a stage on `features` {stage: [n_tokens, d_stage]}.
+        """Fit a logistic probe a stage on `features` {stage: [n_tokens, d_stage]}.
+
+        Ridge probes, and whatever does not fit the memory: `interp.probes.Fitting`.
 
         Args:
             features: the caller's tensors stay as they are. Stages of equal width are copied into
@@ -87,15 +89,13 @@ class ProbeBank(Readout):
             labels: `[n_tokens]` integers, 0..len(classes)-1 or `IGNORE`, the same tokens for every
                 stage.
             classes: their names.
-            solver: "logistic" (`interp.probes.solver`) or "ridge" (`interp.probes.ridge`).
-            C: of "logistic", scikit-learn's inverse penalty.
-            alphas: of "ridge", the penalties to choose from, as shares of the number of tokens.
+            C: scikit-learn's inverse penalty.
             class_weight: class name -> weight of its tokens, or "balanced", or None.
             shares: `[n_tokens, n_classes]`, the share of each class in a token, where labels are
                 soft; rows add up to 1 (those of ignored tokens may hold anything).
-            max_iter, tol: of "logistic": where a stage stops.
-            stages_at_once: bounds the stack where memory is short ("logistic").
-            progress: called with (stages done, stages in all) ("logistic").
+            max_iter, tol: where a stage stops.
+            stages_at_once: bounds the stack where memory is short.
+            progress: called with (stages done, stages in all).
 
         Warns:
             ConvergenceWarning: names the stages that stopped at `max_iter`.
@@ -103,24 +103,12 @@ class ProbeBank(Readout):
         Raises:
             ValueError: shapes, labels or numbers that are no such thing.
         """
-        # what streams and ridge probes make are banks: their modules import this one
-        from interp.probes.ridge import ALPHAS, class_weights, fit_ridge
-        from interp.probes.stream import Held
-
-        if solver not in ("logistic", "ridge"):
-            raise ValueError(f'solver={solver!r}; "logistic" or "ridge" would do')
         classes = tuple(str(name) for name in classes)
         features = {name: torch.as_tensor(x) for name, x in features.items()}
         labels = torch.as_tensor(labels)
         keep, codes, fitted = _check(features, labels, classes, shares)
-        # at least ten parts: "ridge" keeps every fifth of them to choose by
-        size = max(1, min(8192, len(labels) // 10))
-        held = Held(features, labels.long(), classes, shares, size)
-        if solver == "ridge":
-            tried = ALPHAS if alphas is None else alphas
-            return fit_ridge(held, alphas=tried, class_weight=class_weight).bank
         soft = None if shares is None else shares[keep][:, fitted]
-        of_class = class_weights(held, class_weight)
+        of_class = class_weights(Held(features, labels.long(), classes, shares), class_weight)
         weights_of = None
         if of_class is not None:
             of_class = of_class[fitted].to(codes.device)

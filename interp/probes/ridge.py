@@ -34,6 +34,7 @@ from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN, ProbeBank
 from interp.probes.moments import Frame, Moments, Pile
 from interp.probes.stream import Tokens, TokenStream, draw_labels, label_counts
+from interp.probes.weighting import ClassWeight, class_weights
 from interp.world import World
 
 #: penalties that are tried, as shares of the number of tokens
@@ -42,7 +43,6 @@ N_SHARDS = 20
 HELD_EVERY = 5  # of so many shards, the last one chooses the penalty
 
 Progress = Callable[[int], None]
-ClassWeight = Mapping[str, float] | str | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,33 +136,6 @@ def fit_ridge(
         for at in range(0, k * (1 + shuffled), k)
     ]
     return RidgeFit(blocks[0], blocks[1] if shuffled else None, errors, all_)
-
-
-def class_weights(
-    stream: TokenStream, class_weight: ClassWeight, world: World | None = None
-) -> Tensor | None:
-    """`[K]` float64 weights of tokens by class, or None.
-
-    Raises:
-        ValueError: a class that there is not, or a weight that is not positive.
-    """
-    if class_weight is None:
-        return None
-    if class_weight == "balanced":
-        counts = label_counts(stream, world)
-        # as scikit-learn's "balanced", among the classes that occur
-        weights: Tensor = torch.where(
-            counts > 0, counts.sum() / ((counts > 0).sum() * counts.clamp_min(1e-9)), 0.0
-        )
-        return weights
-    if isinstance(class_weight, str):
-        raise ValueError(f'class_weight={class_weight!r}; "balanced", a dict or None would do')
-    if unknown := sorted(set(class_weight) - set(stream.classes)):
-        raise ValueError(f"class_weight names {', '.join(unknown)}, which are no classes here")
-    made = torch.tensor([class_weight.get(c, 1.0) for c in stream.classes], dtype=torch.float64)
-    if not bool((made > 0).all()):
-        raise ValueError("class weights are positive; drop a class by labelling it IGNORE")
-    return made
 
 
 def sums(

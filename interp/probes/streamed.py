@@ -27,12 +27,13 @@ from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN, ProbeBank
 from interp.probes.minibatch import STREAM_TOL, Group, Progress, descend
 from interp.probes.moments import Frame, Moments
-from interp.probes.ridge import ClassWeight, class_weights, sums
+from interp.probes.ridge import sums
 from interp.probes.solver import DEFAULT_C, DEFAULT_TOL, fit_stack, penalty
 from interp.probes.source import Chunks, Source, Targets
 from interp.probes.store import Disk, Memory, Store, bytes_needed, where_features_go
 from interp.probes.stream import Tokens, TokenStream
 from interp.probes.units import Fold, Sums
+from interp.probes.weighting import ClassWeight, class_weights
 from interp.world import World
 
 

@@ -11,8 +11,9 @@ from sklearn.preprocessing import StandardScaler
 
 from interp.labels import IGNORE
 from interp.probes.bank import UNSEEN
-from interp.probes.ridge import class_weights, fit_ridge
+from interp.probes.ridge import fit_ridge
 from interp.probes.stream import Held, draw_labels
+from interp.probes.weighting import class_weights
 
 CLASSES = ("sky", "sea", "sand", "snow")
 N = 1200

@@ -242,18 +242,3 @@ def test_a_bank_heeds_class_weights_and_shares():
     assert soft.seen == (True, True, False, True, True)
     with pytest.raises(ValueError, match=r"shares must be \[300, 5\], got \[300, 4\]"):
         ProbeBank.fit(states, torch.tensor(code), names, shares=torch.tensor(shares))
-
-
-def test_a_bank_fits_ridge_probes_by_the_same_call():
-    from sklearn.linear_model import RidgeClassifier
-
-    x, y, _, _ = tokens()
-    bank = ProbeBank.fit(
-        {"s": torch.tensor(x[0])}, torch.tensor(y), list("abcd"), solver="ridge", alphas=[0.1]
-    )
-    z = StandardScaler().fit_transform(x[0])
-    said = RidgeClassifier(alpha=0.1 * len(y)).fit(z, y).predict(z)
-    assert bank.solver == "ridge"
-    assert (bank.predict("s", torch.tensor(x[0])).numpy() == said).all()
-    with pytest.raises(ValueError, match='solver=\'svm\'; "logistic" or "ridge" would do'):
-        ProbeBank.fit({"s": torch.tensor(x[0])}, torch.tensor(y), list("abcd"), solver="svm")
