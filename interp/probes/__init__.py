@@ -34,7 +34,6 @@ from interp.probes.metrics import (
     confusion,
     confusion_per_image,
     iou_per_class,
-    majority_floor,
     mean_accuracy,
     mean_iou,
 )
@@ -66,7 +65,6 @@ __all__ = [
     "fit_logistic_stream",
     "fit_ridge",
     "iou_per_class",
-    "majority_floor",
     "mean_accuracy",
     "mean_iou",
     "pixel_classes",

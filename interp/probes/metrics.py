@@ -35,10 +35,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from interp.labels import IGNORE
 
@@ -154,58 +152,6 @@ def mean_iou_of(counts: ArrayLike) -> Floats:
     return _mean_known(iou_of(counts))
 
 
-def majority_floor(train_labels: ArrayLike | Tensor, test_labels: ArrayLike | Tensor) -> float:
-    """Accuracy on the test labels of always saying the most frequent training label.
-
-    Ignored labels count in neither; a tie goes to the lower class. `ValueError` when one side
-    has no label left.
-
-    >>> majority_floor([0, 1, 1, 255], [1, 0, 1, 1])
-    0.75
-    """
-    train, test = integers(train_labels, "train_labels"), integers(test_labels, "test_labels")
-    train, test = train[train != IGNORE], test[test != IGNORE]
-    if not len(train) or not len(test):
-        raise ValueError(f"{len(train)} training and {len(test)} test labels are not ignored")
-    return float((test == np.bincount(train).argmax()).mean())
-
-
-def pixel_logits(
-    token_logits: NDArray[Any] | Tensor, size: tuple[int, int]
-) -> NDArray[np.floating]:
-    """Upsample logits [(n,) rows, cols, C] to `size` = (H, W): [(n,) H, W, C], bilinear.
-
-    A token is the square of pixels that it covers, its logits sit at the centre of it
-    (`align_corners=False`).
-
-    >>> pixel_logits(np.array([[[0.0], [1.0]]]), (1, 4))[0, :, 0].tolist()
-    [0.0, 0.25, 0.75, 1.0]
-    """
-    logits = _upsample(_logits(token_logits), size).movedim(-3, -1).numpy()
-    out: NDArray[np.floating] = logits
-    return out
-
-
-def pixel_confusion(token_logits: NDArray[Any] | Tensor, masks: ArrayLike | Tensor) -> Ints:
-    """Matrices [n, C, C] of upsampled logits [n, rows, cols, C] against masks [n, H, W].
-
-    >>> pixel_confusion(np.array([[[[1.0, 0.0], [0.0, 1.0]]]]), [[[0, 0, 1, 255]]]).tolist()
-    [[[2, 0], [0, 1]]]
-    """
-    logits, truth = _logits(token_logits), integers(masks, "masks")
-    if logits.ndim != 4 or truth.ndim != 3 or len(logits) != len(truth):
-        raise ValueError(
-            "need logits [n, rows, cols, C] and masks [n, H, W], got "
-            f"{list(logits.shape)} and {list(truth.shape)}"
-        )
-    n_classes = logits.shape[-1]
-    out = np.zeros((len(truth), n_classes, n_classes), np.int64)
-    for i, mask in enumerate(truth):  # one at a time: pixels times classes is large
-        said = _upsample(logits[i], mask.shape).argmax(-3).numpy()
-        out[i] = confusion(mask, said, n_classes)
-    return out
-
-
 def ceiling_confusion(
     token_labels: ArrayLike | Tensor, masks: ArrayLike | Tensor, n_classes: int
 ) -> Ints:
@@ -293,21 +239,3 @@ def _divide(top: NDArray[Any], bottom: NDArray[Any]) -> Floats:
     out = np.full(np.shape(top), np.nan)
     np.divide(top, bottom, out=out, where=np.asarray(bottom) != 0)
     return out
-
-
-def _logits(values: NDArray[Any] | Tensor) -> Tensor:
-    tensor = torch.as_tensor(values).detach().cpu()
-    if tensor.ndim not in (3, 4) or not tensor.is_floating_point():
-        raise ValueError(
-            "token logits must be floats [rows, cols, C] or [n, rows, cols, C], "
-            f"got {list(tensor.shape)} {tensor.dtype}"
-        )
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _upsample(logits: Tensor, size: tuple[int, ...]) -> Tensor:
-    """[(n,) rows, cols, C] to [(n,) C, H, W]."""
-    batch = logits.movedim(-1, -3)
-    single = batch.ndim == 3
-    out = interpolate(batch[None] if single else batch, size, mode="bilinear", align_corners=False)
-    return out[0] if single else out

@@ -156,37 +156,6 @@ def test_bad_labels_raise(labels, predictions, error, message):
         m.confusion(labels, predictions, 3)
 
 
-def test_majority_floor():
-    assert m.majority_floor([2, 2, 1, IGNORE, IGNORE, IGNORE], [2, 1, 1, 2, IGNORE]) == 0.5
-    with pytest.raises(ValueError, match="0 training and 1 test"):
-        m.majority_floor([IGNORE], [1])
-
-
-def test_pixel_logits_interpolate_between_token_centres():
-    # tokens 4 pixels wide have centres at 1.5 and 5.5: pixels move 1/4 of the way at a time
-    logits = np.array([[[0.0, 8.0], [8.0, 0.0]]])
-    got = m.pixel_logits(logits, (3, 8))
-    assert got.shape == (3, 8, 2)
-    want = [0, 0, 1, 3, 5, 7, 8, 8]
-    np.testing.assert_allclose(got[..., 0], np.broadcast_to(want, (3, 8)))
-    np.testing.assert_allclose(got[..., 1], 8 - got[..., 0])
-    batch = m.pixel_logits(torch.tensor(np.stack([logits, -logits])).bfloat16(), (3, 8))
-    np.testing.assert_allclose(batch[1, ..., 0], -got[..., 0])
-
-
-def test_pixel_confusion_is_the_confusion_of_upsampled_logits():
-    rng = np.random.default_rng(1)
-    logits = rng.normal(size=(3, 4, 5, 6)).astype(np.float32)
-    masks = rng.integers(0, 6, (3, 17, 23))
-    masks[:, :3] = IGNORE
-    got = m.pixel_confusion(logits, masks)
-    said = m.pixel_logits(logits, (17, 23)).argmax(-1)
-    np.testing.assert_array_equal(got, m.confusion_per_image(masks, said, 6))
-    assert got.sum() == 3 * 14 * 23
-    with pytest.raises(ValueError, match="need logits"):
-        m.pixel_confusion(logits, masks[:2])
-
-
 def test_ceiling_counted_by_hand():
     mask = np.array([[[0, 0, 1, 1], [0, 1, 1, 1], [2, 2, 2, 2], [2, IGNORE, 2, 0]]])
     tokens = np.array([[[0, 1], [2, 2]]])
