@@ -305,7 +305,7 @@ def _picture(image: Picture) -> Image.Image:
             f"a picture of mode {image.mode!r}, {image.size[0]} x {image.size[1]} pixels: Pillow "
             "would clip its values; give 8 bits a channel, and at least one pixel"
         )
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")  # which would copy it
 
 
 def _prompt(processor: Any, text: str, n_pictures: int) -> str:

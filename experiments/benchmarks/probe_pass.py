@@ -80,7 +80,8 @@ class Pictures:
 
     def __getitem__(self, index: int) -> Sample:
         picture, mask = (Image.open(BytesIO(file)) for file in self.files[index])
-        return Sample(picture.convert("RGB"), np.asarray(mask).astype(np.int64), f"{index}")
+        picture.load()
+        return Sample(picture, np.asarray(mask).astype(np.int64), f"{index}")
 
 
 def _files(index: int, side: int) -> tuple[bytes, bytes]:

@@ -143,7 +143,8 @@ def read_picture(source: Path | bytes, file: str) -> Image.Image:
     Raises:
         DataWrong: not there, or no picture.
     """
-    return _opened(source, file)[0].convert("RGB")
+    picture = _opened(source, file)[0]
+    return picture if picture.mode == "RGB" else picture.convert("RGB")  # which would copy it
 
 
 def read_mask(source: Path | bytes, file: str) -> np.ndarray:
