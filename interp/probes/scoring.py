@@ -17,11 +17,12 @@ from torch import Tensor
 from interp.probes.bank import ProbeBank
 from interp.probes.parts import Part
 from interp.probes.reading import ModelStream
+from interp.probes.readout import Readout
 from interp.probes.scores import Scores
 from interp.world import World
 
-#: name of a row -> the stage whose states are read, and the bank that reads them
-Rows = Mapping[str, tuple[str, ProbeBank]]
+#: name of a row -> the stage whose states are read, and what reads them
+Rows = Mapping[str, tuple[str, Readout]]
 
 
 def bank_rows(bank: ProbeBank, suffix: str = "") -> dict[str, tuple[str, ProbeBank]]:

@@ -222,3 +222,13 @@ def test_to_moves_every_tensor(fitted):
     assert moved.weight("adapter").device.type == "meta"
     assert moved.intercept("adapter").device.type == "meta"
     assert fitted[0].weight("adapter").device.type == "cpu"
+
+
+def test_the_probes_of_some_stages_hold_nothing_of_the_others(fitted):
+    bank, features, _ = fitted
+    stage, *_ = bank.stages
+    for few in (bank.only([stage]), bank.readout([stage]), bank.readout().only([stage])):
+        assert few.stages == (stage,)
+        assert set(few.weights) == set(few.intercepts) == {stage}
+        assert torch.equal(few.logits(stage, features[stage]), bank.logits(stage, features[stage]))
+    assert set(bank.only([stage]).penalty) == set(bank.only([stage]).n_iter) == {stage}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from interp.labels import IGNORE
 from interp.probes.groups import token_groups
 from interp.probes.parts import QUESTION, DataParts, Part, ahead
 from interp.probes.reading import NOISE, ModelStream
+from interp.probes.readout import Readout
 from interp.probes.ridge import fit_ridge
 from interp.probes.scores import Scores
 from interp.probes.scoring import bank_rows, score
@@ -214,3 +216,26 @@ def test_ahead_is_ordered_bounded_and_raises_where_it_is_asked():
     next(stopped)
     stopped.close()
     assert threading.active_count() <= before
+
+
+def test_no_two_threads_prepare_at_once(tiny, monkeypatch):
+    """A tokenizer must not be used by two; scoring a stream that nobody has read yet."""
+    busy, most, plain = [], [], Part.of
+
+    def of(*arguments):
+        busy.append(1)
+        most.append(len(busy))
+        time.sleep(0.05)  # long enough for another thread to come in, if one may
+        try:
+            return plain(*arguments)
+        finally:
+            busy.pop()
+
+    monkeypatch.setattr(Part, "of", of)
+    stream = ModelStream(tiny, DataParts(tiny, scenes("test", 4), batch_size=1), STAGES)
+    width = {stage: torch.zeros(10, 96) for stage in STAGES}
+    nothing = {stage: torch.zeros(10) for stage in STAGES}
+    readout = Readout(tuple(STAGES), CLASSES, width, nothing)
+    score(stream, {stage: (stage, readout) for stage in STAGES}, [])
+    assert len(most) == 5  # four parts, and the first for its widths
+    assert max(most) == 1

@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 
 from interp import MLLM
 from interp.cli import app
+from interp.datasets import open_data
 from interp.loading import BUNDLED
 from interp.probes import ProbeBank
 from interp.probes.fitting import Fitting
 from interp.runs import RunFolder
-from interp.studies.study import KEYS, StudyArguments, study
+from interp.studies.study import KEYS, StudyArguments, few_of, study
 from tests.datasets import drawn
 from tests.zoo import build
 
@@ -167,3 +168,20 @@ def test_a_model_that_looks_at_pictures_in_their_own_sizes_wants_one_size(tmp_pa
     summary = study(model, tmp_path / "run", arguments, quiet=True)
     assert set(summary["findings"]) == set(KEYS)
     assert len(summary["classes"]) == 150
+
+
+def test_fewer_pictures_are_drawn_with_the_seed(tmp_path):
+    """Sets lie in the order of their names, so the first ones are of a kind; scenes do not."""
+    data = open_data(f"ade20k:{drawn.ade20k(tmp_path).root}")
+    picks = {
+        seed: tuple(sample.name for sample in few_of(data, (3, 3), seed).test) for seed in range(8)
+    }
+    assert len(set(picks.values())) > 2
+    assert all(list(names) == sorted(set(names)) and len(names) == 3 for names in picks.values())
+    again = few_of(data, (3, 3), 5)
+    assert tuple(sample.name for sample in again.test) == picks[5]
+    assert again.test.fingerprint() != few_of(data, (4, 4), 5).test.fingerprint()
+    scenes = few_of(open_data("scenes"), (2, 3), 7)
+    assert [s.name for s in scenes.test] == ["test/0", "test/1", "test/2"]
+    with pytest.raises(ValueError, match=r"6 pictures asked of ade20k .*--n-test from 2 to 5"):
+        few_of(data, (3, 6), 0)
